@@ -1,0 +1,178 @@
+"""Configuration of PerceptionDLM: every id, size and switch of the model, validated where it is read.
+
+The vision tower is a stock `SiglipVisionConfig` and the language model a stock `LlamaConfig`; the composite adds what
+joins them (projector, pixel-unshuffle), how a region enters the network, and which attention layout the tokens follow.
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
+
+
+ATTENTION_LAYOUTS = ("isolated", "released", "full")
+REGION_CONDITIONINGS = ("replay", "vision")
+
+# Special-token ids of the LLaDA-8B-Instruct tokenizer as the released PerceptionDLM uses them.
+LLADA_ROI_TOKEN_IDS = tuple(range(126084, 126084 + 16))  # <|reserved_token_0|> ...
+LLADA_CAPTION_TOKEN_IDS = tuple(range(126352, 126352 + 16))  # <|Mask_Cap_0|> ...
+
+# Named presets: keyword arguments of `PerceptionDLMConfig`. "8b" is siglip2-so400m-patch16-512 + LLaDA-8B-Instruct.
+PRESETS: dict[str, dict[str, Any]] = {
+    "8b": {
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 512,
+            "patch_size": 16,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "vocab_size": 126464,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 16384,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "bos_token_id": 126080,
+            "eos_token_id": 126081,
+            "pad_token_id": 126081,
+        },
+    },
+}
+
+
+class PerceptionDLMConfig(PreTrainedConfig):
+    """Configuration of [`PerceptionDLMForConditionalGeneration`].
+
+    Args:
+        vision_config (`dict` or `SiglipVisionConfig`): the tile encoder; `image_size` is the tile side in pixels.
+        text_config (`dict` or `LlamaConfig`): the language model, run without a causal mask.
+        vision_feature_layer (`int`, defaults to -2): index into the encoder's hidden states (negative, -1 is the last
+            layer's output); no post-layernorm is applied.
+        pixel_unshuffle (`int`, defaults to 2): side of the square of patches that becomes one image token.
+        projector_hidden_act (`str`): activation between the projector's two linear layers.
+        attention_layout (`str`): `"isolated"` (a region sees the sequence it would see if it were the only one),
+            `"released"` (the rules baked into the published weights) or `"full"` (no structure, the paper's ablation).
+        region_conditioning (`str`): where a region enters the network. `"vision"`: a learned prompt is added to its
+            patches before the vision encoder (paper, section 3.2). `"replay"`: the RoI tokens carry the mask's coverage
+            and the encoder knows no region.
+        use_region_prompts (`bool`): under `"vision"`, whether prompts are added at all (Table 7 drops them).
+        use_roi_replay (`bool`): whether RoI tokens are part of the sequence (Table 7 drops them).
+        num_region_prompts (`int`): prompt ids, hence the most regions of one pass under `"vision"`.
+        roi_size (`int`): a region is replayed as `roi_size ** 2` tokens in row-major order.
+        roi_sampling_ratio (`int`): bilinear samples per bin side, averaged.
+        coverage_subsamples (`int`): under `"replay"`, cells per bin side in which mask coverage is measured.
+        region_geometry (`bool`): under `"replay"`, whether RoI tokens also carry the box (position, extent), which
+            RoI-Align normalises away.
+        image_token_id, mask_token_id, newline_token_id, end_of_turn_token_id, end_of_text_token_id (`int`): ids.
+        roi_token_ids, caption_token_ids (`list[int]`): placeholder of a RoI token and marker that opens a caption, by
+            prompt id; `"replay"` knows no ids and uses the first of each.
+        initializer_range (`float`): standard deviation for new linear and embedding weights.
+
+    Raises:
+        ValueError: for a switch outside its values, or sizes that do not fit together.
+    """
+
+    model_type = "perceptiondlm"
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": LlamaConfig}  # noqa: RUF012
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_feature_layer: int = -2
+    pixel_unshuffle: int = 2
+    projector_hidden_act: str = "gelu"
+    attention_layout: str = "isolated"
+    region_conditioning: str = "replay"
+    use_region_prompts: bool = True
+    use_roi_replay: bool = True
+    num_region_prompts: int = 6
+    roi_size: int = 4
+    roi_sampling_ratio: int = 2
+    coverage_subsamples: int = 2
+    region_geometry: bool = True
+    image_token_id: int = 126349
+    mask_token_id: int = 126336
+    newline_token_id: int = 198
+    end_of_turn_token_id: int = 126348
+    end_of_text_token_id: int = 126081
+    roi_token_ids: list[int] | tuple[int, ...] = LLADA_ROI_TOKEN_IDS
+    caption_token_ids: list[int] | tuple[int, ...] = LLADA_CAPTION_TOKEN_IDS
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                defaults = PRESETS["8b"][name] if value is None else {}
+                fields = {k: v for k, v in {**defaults, **(value or {})}.items() if k != "model_type"}
+                setattr(self, name, config_class(**fields))
+        super().__post_init__(**kwargs)
+        self.validate_switches()
+
+    def validate_switches(self) -> None:
+        """Check the fields against each other; raises `ValueError` naming the field and what is accepted."""
+        for name, accepted in (
+            ("attention_layout", ATTENTION_LAYOUTS),
+            ("region_conditioning", REGION_CONDITIONINGS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+        patches = self.patches_per_side
+        if self.vision_config.image_size % self.vision_config.patch_size or patches % self.pixel_unshuffle:
+            raise ValueError(
+                f"a tile of {self.vision_config.image_size} px must hold a whole number of "
+                f"{self.vision_config.patch_size} px patches, and their count per side be divisible by "
+                f"pixel_unshuffle={self.pixel_unshuffle}"
+            )
+        layers = self.vision_config.num_hidden_layers
+        if not -layers - 1 <= self.vision_feature_layer <= -1:
+            raise ValueError(f"vision_feature_layer must be in [{-layers - 1}, -1], got {self.vision_feature_layer}")
+        if self.region_conditioning == "replay" and not self.use_roi_replay:
+            raise ValueError("region_conditioning='replay' needs use_roi_replay=True: nothing else carries the region")
+        if not (self.use_roi_replay or self.use_region_prompts):
+            raise ValueError("use_roi_replay and use_region_prompts are both False: no region would reach the model")
+        for name in ("roi_token_ids", "caption_token_ids"):
+            ids = getattr(self, name)
+            needed = self.num_region_prompts if self.region_conditioning == "vision" else 1
+            if len(ids) < needed:
+                raise ValueError(f"{name} holds {len(ids)} ids, {needed} are needed")
+        for name in ("roi_size", "roi_sampling_ratio", "coverage_subsamples", "num_region_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Image tokens along one side of a tile, after pixel-unshuffle."""
+        return self.patches_per_side // self.pixel_unshuffle
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "PerceptionDLMConfig":
+        """Build a named configuration, e.g. `PerceptionDLMConfig.from_preset("8b")`.
+
+        Args:
+            name: one of `PRESETS`.
+            overrides: fields that replace the preset's.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}, known are {sorted(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+def num_tiles(grid: tuple[int, int]) -> int:
+    """Tiles of an image cut into (columns, rows): the grid's cells, and a thumbnail when there is more than one."""
+    cells = grid[0] * grid[1]
+    return cells + 1 if cells > 1 else cells
+
+
+__all__ = ["ATTENTION_LAYOUTS", "PRESETS", "REGION_CONDITIONINGS", "PerceptionDLMConfig", "num_tiles"]

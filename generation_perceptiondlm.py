@@ -1,0 +1,349 @@
+"""Masked-diffusion decoding: a schedule says how many slots to commit at a step, a sampler says which.
+
+The loop is `PerceptionDLMGenerationMixin.generate`: all answers start fully masked; each step scores every slot in one
+pass, picks a token per slot, and commits some; a committed token stays. Every answer (region) decides for itself, so
+decoding N regions together gives what decoding them one by one gives.
+
+Legend: A answers, G slots per answer, V vocabulary.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput, logging
+
+
+logger = logging.get_logger(__name__)
+
+SAMPLERS = ("low_confidence", "random", "left_to_right")
+
+
+class PerceptionDLMGenerationConfig(GenerationConfig):
+    """How captions are decoded; unknown keywords are refused.
+
+    Args:
+        max_new_tokens (`int`, defaults to 32): slots per answer.
+        steps (`int`, defaults to 32): denoising steps per answer, shared evenly by its blocks. A step commits at least
+            one token, so more steps than slots are not run.
+        block_length (`int`, *optional*): slots are finished in blocks of this many, left to right (semi-autoregressive);
+            by default one block. Must divide `max_new_tokens`.
+        sampler (`str`): which slots a step commits. `"low_confidence"`: those whose token is most probable (LLaDA's
+            low-confidence remasking), `"random"`, or `"left_to_right"`.
+        temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
+        top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling to the likeliest tokens.
+        suppress_tokens (`list[int]`, *optional*): ids that are never chosen.
+        seed (`int`, *optional*): makes sampling repeatable; or pass `generator` to `generate`.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the tokenizer's, recorded for other tools; answers
+            end at the processor's end tokens.
+    """
+
+    def __init__(self, **kwargs: Any):
+        # GenerationConfig's own fields are those of autoregressive decoding: deliberately not initialised.
+        self.max_new_tokens: int = kwargs.pop("max_new_tokens", 32)
+        self.steps: int = kwargs.pop("steps", 32)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.sampler: str = kwargs.pop("sampler", "low_confidence")
+        self.temperature: float = kwargs.pop("temperature", 0.0)
+        self.top_k: int | None = kwargs.pop("top_k", None)
+        self.top_p: float | None = kwargs.pop("top_p", None)
+        self.suppress_tokens: list[int] | None = kwargs.pop("suppress_tokens", None)
+        self.seed: int | None = kwargs.pop("seed", None)
+        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
+        self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
+        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
+        self._commit_hash = kwargs.pop("_commit_hash", None)
+        self._from_model_config = kwargs.pop("_from_model_config", None)
+        self.transformers_version = kwargs.pop("transformers_version", None)
+        if kwargs:
+            raise ValueError(f"unknown generate keywords {sorted(kwargs)}, known are {sorted(self.fields())}")
+        self.validate()
+
+    @staticmethod
+    def fields() -> tuple[str, ...]:
+        """Names of the public settings."""
+        return (
+            "max_new_tokens", "steps", "block_length", "sampler", "temperature", "top_k", "top_p", "suppress_tokens",
+            "seed", "bos_token_id", "eos_token_id", "pad_token_id",
+        )  # fmt: skip
+
+    def validate(self, **_unused: Any) -> None:
+        """Raise `ValueError` naming the setting, its value and what is accepted."""
+        for name in ("max_new_tokens", "steps", "block_length", "top_k"):
+            value = getattr(self, name)
+            optional = name in ("block_length", "top_k")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.block_length is not None and self.max_new_tokens % self.block_length:
+            raise ValueError(f"block_length={self.block_length} must divide max_new_tokens={self.max_new_tokens}")
+        if self.steps < self.num_blocks:
+            raise ValueError(f"steps={self.steps} must be at least the number of blocks, {self.num_blocks}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {SAMPLERS}, got {self.sampler!r}")
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
+        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks an answer is decoded in."""
+        return 1 if self.block_length is None else self.max_new_tokens // self.block_length
+
+    @classmethod
+    def from_model_config(cls, model_config):
+        """Generation settings never live in the model config; transformers then falls back to the defaults."""
+        raise NotImplementedError("PerceptionDLM keeps generation settings out of its model config")
+
+
+@dataclass
+class PerceptionDLMGenerationOutput(ModelOutput):
+    """What `generate` returns.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(A, G)`): token ids of every answer's slots.
+        confidences (`torch.FloatTensor` of shape `(A, G)`): probability of each token when it was committed, in [0, 1].
+        sample_ids (`torch.LongTensor` of shape `(A,)`): which sample (image) of the batch an answer belongs to; answers
+            of one sample come in the order its regions were given.
+        num_forward_passes (`int`): denoising passes of the language model (a prefill not counted).
+        tokens_per_forward (`float`): slots committed per denoising pass, over the whole batch.
+    """
+
+    sequences: torch.LongTensor | None = None
+    confidences: torch.FloatTensor | None = None
+    sample_ids: torch.LongTensor | None = None
+    num_forward_passes: int | None = None
+    tokens_per_forward: float | None = None
+
+
+def linear_schedule(num_slots: int, steps: int) -> list[int]:
+    """Slots to commit at each step so that all are decided at the last; the first steps take the remainder (LLaDA)."""
+    steps = min(steps, num_slots)
+    share, remainder = divmod(num_slots, steps)
+    return [share + (step < remainder) for step in range(steps)]
+
+
+@dataclass
+class TokenSampler:
+    """Chooses a token for every slot; greedy at temperature 0, otherwise sampled after top-k and top-p."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    generator: torch.Generator | None = None
+
+    def __call__(self, logits_AGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (A, G) and their probability (A, G) under the model's own distribution, in fp32."""
+        logits = logits_AGV.float()
+        if self.suppress_tokens:
+            logits[..., list(self.suppress_tokens)] = float("-inf")
+        probabilities = logits.softmax(dim=-1)
+        if self.temperature == 0:
+            confidence, tokens = probabilities.max(dim=-1)
+            return tokens, confidence
+        choices = self._restrict(logits / self.temperature).softmax(dim=-1)
+        tokens = torch.multinomial(choices.flatten(0, 1), 1, generator=self.generator).view(logits.shape[:2])
+        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
+
+    def _restrict(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the likeliest token always stays
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
+        return logits
+
+
+@dataclass
+class SlotSampler:
+    """Ranks undecided slots; the highest ranks are committed first."""
+
+    name: str
+    generator: torch.Generator | None = None
+
+    def __call__(self, confidence_AG: torch.Tensor) -> torch.Tensor:
+        """Priorities (A, G) from confidences (A, G)."""
+        if self.name == "low_confidence":
+            return confidence_AG
+        if self.name == "random":
+            noise = torch.rand(
+                confidence_AG.shape,
+                generator=self.generator,
+                device=self._device(confidence_AG),
+                dtype=torch.float32,
+            )
+            return noise.to(confidence_AG.device)
+        slots = torch.arange(confidence_AG.shape[1], device=confidence_AG.device, dtype=torch.float32)
+        return -slots.expand_as(confidence_AG)
+
+    def _device(self, like: torch.Tensor) -> torch.device:
+        return self.generator.device if self.generator is not None else like.device
+
+
+@dataclass
+class Canvas:
+    """The state of decoding: ids (A, G), which slots are decided (A, G), and with what confidence (A, G)."""
+
+    ids: torch.Tensor
+    decided: torch.Tensor
+    confidence: torch.Tensor
+
+    @classmethod
+    def blank(cls, num_answers: int, num_slots: int, mask_token_id: int, device: torch.device) -> "Canvas":
+        """A canvas of mask tokens."""
+        shape = (num_answers, num_slots)
+        return cls(
+            torch.full(shape, mask_token_id, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+        )
+
+    def commit(self, tokens, confidence, priority, count: int, block: slice) -> None:
+        """Decide the `count` undecided slots of highest priority inside a block, in every answer."""
+        candidates = torch.full_like(priority, float("-inf"))
+        candidates[:, block] = priority[:, block]
+        candidates = candidates.masked_fill(self.decided, float("-inf"))
+        chosen = torch.zeros_like(self.decided).scatter(1, candidates.topk(count, dim=1).indices, True)
+        self.ids = torch.where(chosen, tokens, self.ids)
+        self.confidence = torch.where(chosen, confidence, self.confidence)
+        self.decided = self.decided | chosen
+
+
+class PerceptionDLMGenerationMixin:
+    """Adds masked-diffusion `generate` to a model with `embed_prompt`, `lay_out_answers`, `prefill`, `score_answers`."""
+
+    def can_generate(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        sample_ids: torch.LongTensor | None = None,
+        generation_config: PerceptionDLMGenerationConfig | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Any | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> PerceptionDLMGenerationOutput:
+        """Denoise the captions of all regions (or one answer per row without regions) in parallel.
+
+        Args:
+            input_ids: (B, L), and in `kwargs` the other tensors of [`PerceptionDLMProcessor`].
+            sample_ids: (B,) sample of each row; an image whose regions are split over several passes has several rows.
+            generation_config: settings; keywords of [`PerceptionDLMGenerationConfig`] in `kwargs` override them.
+            generator: source of randomness for sampling (or set `seed`).
+            streamer: its `put_draft` receives the ids (A, G) after every step, and `end()` is called at the end.
+            use_cache: keep the prompt's keys and values. Only the isolated layout does so (there it is exact).
+        Raises:
+            ValueError: for unknown keywords, settings out of range, or inputs that do not fit together.
+        """
+        settings, inputs = self._settings_and_inputs(generation_config, kwargs)
+        generator = generator or self._seeded(settings)
+        # 1. condition
+        prompt = self.embed_prompt(input_ids, **inputs)
+        num_answers = int(prompt.num_regions.clamp(min=1).sum())
+        layout = self.lay_out_answers(prompt, num_answers, settings.max_new_tokens)
+        cached = use_cache and self.config.attention_layout == "isolated"
+        cache = self.prefill(prompt, layout) if cached else None
+        # 2. start from masks everywhere
+        canvas = Canvas.blank(num_answers, settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
+        sample_tokens = TokenSampler(
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            tuple(settings.suppress_tokens or ()),
+            generator,
+        )
+        rank_slots = SlotSampler(settings.sampler, generator)
+        # 3. denoise, block by block
+        passes = 0
+        block_length = settings.block_length or settings.max_new_tokens
+        for index in range(settings.num_blocks):
+            block = slice(index * block_length, (index + 1) * block_length)
+            for count in linear_schedule(block_length, settings.steps // settings.num_blocks):
+                logits = self.score_answers(prompt, layout, canvas.ids, cache)
+                tokens, confidence = sample_tokens(logits)
+                canvas.commit(tokens, confidence, rank_slots(confidence), count, block)
+                passes += 1
+                if streamer is not None:
+                    streamer.put_draft(canvas.ids.cpu())
+        if streamer is not None:
+            streamer.end()
+        rows = torch.arange(len(input_ids), device=input_ids.device) if sample_ids is None else sample_ids
+        return PerceptionDLMGenerationOutput(
+            sequences=canvas.ids,
+            confidences=canvas.confidence,
+            sample_ids=rows[layout.row_A],
+            num_forward_passes=passes,
+            tokens_per_forward=canvas.ids.numel() / passes,
+        )
+
+    def _settings_and_inputs(self, generation_config, kwargs):
+        """Split keywords into settings and prompt tensors; anything else is an error."""
+        base = generation_config if generation_config is not None else self.generation_config
+        fields = PerceptionDLMGenerationConfig.fields()
+        prompt_names = set(inspect.signature(self.embed_prompt).parameters)
+        unknown = sorted(set(kwargs) - set(fields) - prompt_names)
+        if unknown:
+            raise ValueError(f"unknown generate keywords {unknown}, known are {sorted({*fields, *prompt_names})}")
+        values = {name: getattr(base, name) for name in fields} | {k: v for k, v in kwargs.items() if k in fields}
+        inputs = {name: value for name, value in kwargs.items() if name in prompt_names}
+        return PerceptionDLMGenerationConfig(**values), inputs
+
+    def _seeded(self, settings: PerceptionDLMGenerationConfig) -> torch.Generator | None:
+        if settings.seed is None:
+            return None
+        return torch.Generator(device=self.device).manual_seed(settings.seed)
+
+    def adjust_generation_fn(
+        self,
+        generation_config,
+        from_auto_class,
+        from_pipeline,
+        pretrained_model_name_or_path,
+        cache_dir,
+        force_download,
+        proxies,
+        local_files_only,
+        token,
+        revision,
+        subfolder,
+        trust_remote_code,
+        **kwargs,
+    ):
+        """Called by `from_pretrained`: load our own generation config class instead of the autoregressive one."""
+        if generation_config is not None:
+            self.generation_config = PerceptionDLMGenerationConfig.from_dict(generation_config.to_dict())
+            return
+        try:
+            self.generation_config = PerceptionDLMGenerationConfig.from_pretrained(
+                pretrained_model_name_or_path,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                proxies=proxies,
+                local_files_only=local_files_only,
+                token=token,
+                revision=revision,
+                subfolder=subfolder,
+                _from_auto=from_auto_class,
+                _from_pipeline=from_pipeline,
+                **kwargs,
+            )
+        except OSError:
+            logger.info("no generation_config.json at %s: using the defaults", pretrained_model_name_or_path)
+
+
+__all__ = [
+    "SAMPLERS",
+    "PerceptionDLMGenerationConfig",
+    "PerceptionDLMGenerationMixin",
+    "PerceptionDLMGenerationOutput",
+]

@@ -1,0 +1,566 @@
+"""PerceptionDLM: SigLIP tiles, region replay and a bidirectional Llama that denoises the captions of all regions at once.
+
+Reading order: `PerceptionDLMForConditionalGeneration.forward` is the table of contents; the parts stand above it.
+
+Legend for tensor names: B rows of the batch, L prompt tokens, T tiles (all images), P patches per tile side, C vision
+width, n image tokens per tile side, D language width, R regions (all rows), S bins per RoI side, K region prompts,
+A answers (caption blocks, all rows), G slots per answer, M answers per row (padded), W tokens per answer, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from .attention_perceptiondlm import (
+    CAPTION,
+    PAD,
+    ROI,
+    TokenRoles,
+    allowed_attention,
+    attention_bias,
+    block_positions,
+    prompt_positions,
+)
+from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from .generation_perceptiondlm import PerceptionDLMGenerationConfig, PerceptionDLMGenerationMixin
+
+
+if TYPE_CHECKING:  # named here so that save_pretrained copies these files next to every checkpoint
+    from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401
+    from .processing_perceptiondlm import PerceptionDLMProcessor  # noqa: F401
+
+
+@dataclass
+class PerceptionDLMOutput(ModelOutput):
+    """Output of [`PerceptionDLMForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, when `labels` are given): equation 2 of the paper.
+        logits (`torch.FloatTensor` of shape `(A, G, V)`): scores for every slot of every answer.
+        masked (`torch.BoolTensor` of shape `(A, G)`, when `labels` are given): the slots that the noise masked.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    masked: torch.BoolTensor | None = None
+
+
+class PromptedSiglipVisionModel(SiglipVisionModel):
+    """SigLIP's vision tower, read at one of its hidden states, with an optional addend per patch (region prompts)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_layernorm.requires_grad_(False)  # features are taken before it
+
+    def forward(self, pixel_values: torch.Tensor, feature_layer: int, patch_addend: torch.Tensor | None = None):
+        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run."""
+        hidden_TPC = self.embeddings(pixel_values)
+        if patch_addend is not None:
+            hidden_TPC = hidden_TPC + patch_addend
+        for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
+            hidden_TPC = layer(hidden_TPC, None)
+        return hidden_TPC
+
+
+class BidirectionalLlamaModel(LlamaModel):
+    """Llama without the causal mask: who sees whom is decided by the mask passed in."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+
+    def forward(self, inputs_embeds, attention_mask, position_ids, past_key_values=None):
+        """Embeddings (B, X, D) to normalised hidden states (B, X, D).
+
+        Args:
+            attention_mask: (B, 1, X, keys), bool or additive as the attention implementation expects.
+            position_ids: (B, X) int64.
+            past_key_values: a `PrefixCache`, or None.
+        """
+        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden = inputs_embeds
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=rotary,
+            )
+        return self.norm(hidden)
+
+
+class PrefixCache:
+    """Keys and values of the prompt, exact in every step because nothing in it looks at a caption (layout `isolated`).
+
+    The first pass stores the prompt's; every later pass writes the answer tokens' behind them, in place.
+    """
+
+    def __init__(self, num_layers: int, answer_tokens: int):
+        self.answer_tokens = answer_tokens
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+
+    def update(self, key, value, layer_idx, *_args, **_kwargs):
+        """Store (B, heads, X, d) keys and values of a layer and return all it may attend to."""
+        buffers = self.buffers[layer_idx]
+        if buffers is None:
+            self.buffers[layer_idx] = tuple(F.pad(x, (0, 0, 0, self.answer_tokens)) for x in (key, value))
+            return key, value
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            buffer[:, :, buffer.shape[2] - self.answer_tokens :] = new
+        return buffers
+
+
+class PerceptionDLMProjector(nn.Module):
+    """Pixel-unshuffle followed by a two-layer MLP (paper, section 2.1): a square of patches becomes one image token."""
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__()
+        self.factor, width = config.pixel_unshuffle, config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size * self.factor**2, width)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, patches_TPC: torch.Tensor) -> torch.Tensor:
+        """(T, P * P, C) to (T, n, n, D)."""
+        return self.linear_2(self.act(self.linear_1(pixel_unshuffle(patches_TPC, self.factor))))
+
+
+def pixel_unshuffle(patches_TPC: torch.Tensor, factor: int) -> torch.Tensor:
+    """Stack each `factor` x `factor` square of patches into channels: (T, P * P, C) to (T, n, n, factor² * C)."""
+    tiles, patches, channels = patches_TPC.shape
+    n = int(patches**0.5) // factor
+    squares = patches_TPC.view(tiles, n, factor, n, factor, channels)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(tiles, n, n, factor * factor * channels)
+
+
+def merge_tiles(tiles_TnnD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Lay an image's grid tiles (row-major, thumbnail left out) side by side: (T, n, n, D) to (rows*n, cols*n, D)."""
+    columns, rows = grid
+    _, n, _, depth = tiles_TnnD.shape
+    tiled = tiles_TnnD[: columns * rows].view(rows, columns, n, n, depth)
+    return tiled.permute(0, 2, 1, 3, 4).reshape(rows * n, columns * n, depth)
+
+
+def roi_align(feature_map_hwD: torch.Tensor, boxes_R4: torch.Tensor, bins: int, samples: int) -> torch.Tensor:
+    """RoI-Align: average of `samples`² aligned bilinear samples in each of `bins`² bins of every box.
+
+    Args:
+        feature_map_hwD: (h, w, D) features that cover the whole image.
+        boxes_R4: (R, 4) half-open boxes x0, y0, x1, y1 as fractions of the image in [0, 1].
+    Returns:
+        (R, bins * bins, D), bins in row-major order, computed in fp32 and cast back.
+    """
+    count, points = boxes_R4.shape[0], bins * samples
+    fractions = (torch.arange(points, device=boxes_R4.device, dtype=torch.float32) + 0.5) / points
+    low, size = boxes_R4[:, :2].float(), (boxes_R4[:, 2:] - boxes_R4[:, :2]).float()
+    xy = 2.0 * (low[:, None, :] + size[:, None, :] * fractions[None, :, None]) - 1.0  # (R, points, 2) in [-1, 1]
+    grid = torch.stack(
+        (
+            xy[:, None, :, 0].expand(count, points, points),
+            xy[:, :, None, 1].expand(count, points, points),
+        ),
+        dim=-1,
+    )
+    sampled = F.grid_sample(
+        feature_map_hwD.float().permute(2, 0, 1)[None],
+        grid.reshape(1, count * points, points, 2),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    sampled = sampled[0].view(-1, count, points, points).transpose(0, 1)  # (R, D, points, points)
+    return F.avg_pool2d(sampled, samples).flatten(2).transpose(1, 2).to(feature_map_hwD.dtype)
+
+
+class RegionReplay(nn.Module):
+    """RoI tokens: the RoI-aligned features of a region and, under `replay`, what its mask looks like in each bin."""
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__()
+        self.bins, self.samples = config.roi_size, config.roi_sampling_ratio
+        self.conditioned = config.region_conditioning == "replay"
+        self.geometry = self.conditioned and config.region_geometry
+        width = config.text_config.hidden_size
+        if self.conditioned:
+            self.coverage_proj = nn.Linear(config.coverage_subsamples**2, width)
+            self.bin_embedding = nn.Embedding(self.bins**2, width)
+        if self.geometry:
+            self.geometry_proj = nn.Linear(6, width)
+
+    def forward(self, features_RbD: torch.Tensor, coverage: torch.Tensor, geometry_R6: torch.Tensor) -> torch.Tensor:
+        """Condition RoI features (R, S², D) on coverage (R, cells, cells) in [0, 1] and geometry (R, 6)."""
+        if not self.conditioned:
+            return features_RbD
+        dtype = features_RbD.dtype
+        cells = coverage.shape[-1] // self.bins
+        cells_RbC = F.unfold(coverage[:, None].to(dtype), cells, stride=cells)
+        tokens = features_RbD + self.coverage_proj(cells_RbC.transpose(1, 2)) + self.bin_embedding.weight
+        if self.geometry:
+            tokens = tokens + self.geometry_proj(geometry_R6.to(dtype))[:, None]
+        return tokens
+
+
+def box_geometry(boxes_R4: torch.Tensor, image_size_R2: torch.Tensor) -> torch.Tensor:
+    """Boxes (R, 4) as fractions of the image, then their width and height over the image's shorter side: (R, 6)."""
+    height, width = image_size_R2.to(boxes_R4.dtype).unbind(-1)
+    extent = (boxes_R4[:, 2:] - boxes_R4[:, :2]) * torch.stack((width, height), -1)
+    return torch.cat((boxes_R4, extent / torch.minimum(width, height)[:, None]), dim=-1)
+
+
+@dataclass
+class Prompt:
+    """What the answers are conditioned on: embeddings (B, L, D), roles (B, L) and regions per row (B,)."""
+
+    embeds: torch.Tensor
+    roles: TokenRoles
+    num_regions: torch.Tensor
+
+
+class AnswerLayout:
+    """Where the slots of A answers stand: one block of W tokens each, M blocks per row, rows padded with PAD blocks.
+
+    A block is `[marker, slots]`, outside the isolated layout followed by a terminator. The answer of a row without
+    regions is `[slots]` alone: its marker and terminator are padding.
+
+    Args:
+        prompt: the prompt, with the number of regions of every row.
+        num_answers: A, a multiple of the number of targets (regions, and rows without any): several noised copies of
+            one answer may stand next to each other.
+        num_slots: G.
+        config: the model's configuration.
+    """
+
+    def __init__(self, prompt: Prompt, num_answers: int, num_slots: int, config: PerceptionDLMConfig):
+        self.config, self.device = config, prompt.embeds.device
+        targets_B = prompt.num_regions.clamp(min=1)
+        targets = int(targets_B.sum())
+        if num_answers == 0 or num_answers % targets:
+            raise ValueError(f"{num_answers} answers do not fit {targets} regions (or rows without regions)")
+        copies = num_answers // targets
+        self.terminated = config.attention_layout != "isolated"
+        self.num_slots, self.width = num_slots, 1 + num_slots + self.terminated
+        blocks_B = targets_B * copies
+        self.num_blocks = int(blocks_B.max())
+        self.row_A = torch.arange(len(blocks_B), device=self.device).repeat_interleave(blocks_B)
+        self.block_A = torch.arange(num_answers, device=self.device) - (blocks_B.cumsum(0) - blocks_B)[self.row_A]
+        self.region_A = self.block_A // copies
+        self.last_A = self.block_A == blocks_B[self.row_A] - 1
+        self.marked_B = prompt.num_regions > 0
+        self.roles = self._roles(len(blocks_B))
+        self.positions = block_positions(
+            prompt.roles, self.num_blocks, self.width, self.marked_B, config.attention_layout
+        )
+
+    def _roles(self, num_rows: int) -> TokenRoles:
+        shape = (num_rows, self.num_blocks, self.width)
+        role = torch.full(shape, PAD, device=self.device)
+        region, block = torch.full_like(role, -1), torch.full_like(role, -1)
+        role[self.row_A, self.block_A] = CAPTION
+        region[self.row_A, self.block_A] = self.region_A[:, None].expand(-1, self.width)
+        block[self.row_A, self.block_A] = self.block_A[:, None].expand(-1, self.width)
+        role[~self.marked_B, :, 0] = PAD
+        if self.terminated:
+            role[~self.marked_B, :, -1] = PAD
+        return TokenRoles(*(x.flatten(1) for x in (role, region, block)))
+
+    def token_ids(self, slots_AG: torch.Tensor) -> torch.Tensor:
+        """Token ids of all blocks, (B, M * W), around the given slots (A, G)."""
+        config = self.config
+        ids = torch.full_like(self.roles.role, config.end_of_text_token_id).view(-1, self.num_blocks, self.width)
+        markers = torch.tensor(config.caption_token_ids, device=self.device)
+        by_id = config.region_conditioning == "vision"
+        ids[self.row_A, self.block_A, 0] = markers[self.region_A if by_id else torch.zeros_like(self.region_A)]
+        ids[self.row_A, self.block_A, 1 : 1 + self.num_slots] = slots_AG
+        if self.terminated:
+            ends = torch.where(self.last_A, config.end_of_turn_token_id, config.newline_token_id)
+            ids[self.row_A, self.block_A, -1] = ends
+        return ids.flatten(1)
+
+    def slots(self, tokens_BXD: torch.Tensor) -> torch.Tensor:
+        """Pick the slots' vectors out of all block tokens: (B, M * W, D) to (A, G, D)."""
+        blocks = tokens_BXD.view(tokens_BXD.shape[0], self.num_blocks, self.width, -1)
+        return blocks[self.row_A, self.block_A, 1 : 1 + self.num_slots]
+
+
+def noise_answers(
+    labels_AG: torch.Tensor, mask_token_id: int, mask_probability_A1: torch.Tensor, uniform_AG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward process of equation 1: every supervised token becomes the mask token with probability p.
+
+    Args:
+        labels_AG: clean ids, -100 where a slot is not supervised (it then stays masked from the model's view).
+        mask_probability_A1: p in (0, 1]; uniform_AG: draws from U(0, 1).
+    Returns:
+        noised ids (A, G), and the bool mask (A, G) of supervised tokens that were replaced.
+    """
+    supervised = labels_AG != -100
+    masked = supervised & (uniform_AG < mask_probability_A1)
+    return torch.where(masked | ~supervised, mask_token_id, labels_AG), masked
+
+
+def masked_diffusion_loss(logits_AGV, labels_AG, masked_AG, mask_probability_A1, weighting: str = "elbo"):
+    """Equation 2: cross-entropy of the masked tokens, in fp32.
+
+    Args:
+        weighting: `"elbo"` weighs a token by 1/p and divides by the number of supervised tokens (the paper and the
+            released code); `"masked"` averages over the masked tokens, which bounds the weight (lower variance).
+    """
+    # 1. negative log-likelihood of the clean token in every masked slot
+    nll = F.cross_entropy(logits_AGV[masked_AG].float(), labels_AG[masked_AG], reduction="none")
+    # 2. weight and normalise
+    if weighting == "elbo":
+        weights = (1.0 / mask_probability_A1).expand_as(labels_AG)[masked_AG]
+        return (nll * weights).sum() / (labels_AG != -100).sum().clamp(min=1)
+    if weighting == "masked":
+        return nll.sum() / masked_AG.sum().clamp(min=1)
+    raise ValueError(f"unknown loss weighting {weighting!r}, known are 'elbo' and 'masked'")
+
+
+class PerceptionDLMPreTrainedModel(PreTrainedModel):
+    config_class = PerceptionDLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    output_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+
+class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, PerceptionDLMPreTrainedModel):
+    """Captions every region of an image in parallel by masked diffusion; without regions, answers questions."""
+
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
+    generation_config_class = PerceptionDLMGenerationConfig
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__(config)
+        self.generation_config = PerceptionDLMGenerationConfig()
+        self.vision_tower = PromptedSiglipVisionModel(config.vision_config)
+        self.projector = PerceptionDLMProjector(config)
+        self.region_replay = RegionReplay(config)
+        if config.region_conditioning == "vision":
+            self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
+        self.language_model = BidirectionalLlamaModel(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        for layer in self.vision_tower.encoder.layers[config.vision_feature_layer :][1:]:
+            layer.requires_grad_(False)  # never run
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        token_roles: torch.LongTensor | None = None,
+        region_ids: torch.LongTensor | None = None,
+        num_regions: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        tile_grids: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        region_boxes: torch.FloatTensor | None = None,
+        region_coverage: torch.FloatTensor | None = None,
+        prompt_coverage: torch.FloatTensor | None = None,
+        answer_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mask_probability: torch.FloatTensor | None = None,
+        answer_noise: torch.FloatTensor | None = None,
+        loss_weighting: str = "elbo",
+        **_kwargs: Any,
+    ) -> PerceptionDLMOutput:
+        """Score the slots of every answer; with `labels`, noise them and return the loss of equation 2.
+
+        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes.
+
+        Args:
+            answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
+            labels: (A, G) clean ids, -100 where not supervised. A may be a multiple of the number of regions: answers
+                of one region then stand next to each other.
+            mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
+            answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out.
+            loss_weighting: see `masked_diffusion_loss`.
+        """
+        if (answer_ids is None) == (labels is None):
+            raise ValueError(
+                "forward needs answer_ids (slots to score) or labels (clean answers to train on), not both"
+            )
+        # 1. condition: text, image and regions
+        prompt = self.embed_prompt(
+            input_ids, token_roles, region_ids, num_regions, attention_mask, pixel_values, tile_grids, image_sizes,
+            region_boxes, region_coverage, prompt_coverage,
+        )  # fmt: skip
+        # 2. noise the clean answers (equation 1)
+        masked = None
+        if labels is not None:
+            if mask_probability is None:
+                mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
+            if answer_noise is None:
+                answer_noise = torch.rand(labels.shape, device=labels.device)
+            answer_ids, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
+        # 3. denoise all answers in one pass
+        layout = self.lay_out_answers(prompt, *answer_ids.shape)
+        logits = self.score_answers(prompt, layout, answer_ids)
+        # 4. loss (equation 2)
+        loss = None
+        if labels is not None:
+            loss = masked_diffusion_loss(logits, labels, masked, mask_probability, loss_weighting)
+        return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked)
+
+    def embed_prompt(
+        self,
+        input_ids,
+        token_roles=None,
+        region_ids=None,
+        num_regions=None,
+        attention_mask=None,
+        pixel_values=None,
+        tile_grids=None,
+        image_sizes=None,
+        region_boxes=None,
+        region_coverage=None,
+        prompt_coverage=None,
+    ) -> Prompt:
+        """Embed the text, put image features and RoI tokens in their places."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        token_roles = torch.zeros_like(input_ids) if token_roles is None else token_roles
+        region_ids = torch.full_like(input_ids, -1) if region_ids is None else region_ids
+        num_regions = input_ids.new_zeros(len(input_ids)) if num_regions is None else num_regions
+        roles = TokenRoles.of_prompt(token_roles.masked_fill(attention_mask == 0, PAD), region_ids)
+        embeds = self.get_input_embeddings()(input_ids)
+        self._check_inputs(pixel_values, region_boxes, region_coverage, prompt_coverage)
+        if pixel_values is not None:
+            tiles_TnnD = self.encode_tiles(pixel_values, prompt_coverage)
+            embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
+            if self.config.use_roi_replay and region_boxes is not None:
+                regions_RbD = self.replay_regions(
+                    tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage
+                )
+                embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
+        return Prompt(embeds, roles, num_regions)
+
+    def _check_inputs(self, pixel_values, region_boxes, region_coverage, prompt_coverage) -> None:
+        """Refuse inputs made by a processor whose sizes or switches are not this model's."""
+        config, side = self.config, self.config.vision_config.image_size
+        if pixel_values is not None and tuple(pixel_values.shape[1:]) != (3, side, side):
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)}, this model takes (tiles, 3, {side}, {side})"
+            )
+        if region_boxes is None:
+            return
+        if config.region_conditioning == "replay":
+            name, given, cells = (
+                "region_coverage",
+                region_coverage,
+                config.roi_size * config.coverage_subsamples,
+            )
+            expected: tuple[int, ...] = (len(region_boxes), cells, cells)
+        else:
+            name, given, patches = "prompt_coverage", prompt_coverage, config.patches_per_side
+            expected = (len(pixel_values), config.num_region_prompts, patches, patches)
+        if given is None or tuple(given.shape) != expected:
+            found = "missing" if given is None else tuple(given.shape)
+            raise ValueError(
+                f"{name} must have shape {expected} under region_conditioning={config.region_conditioning!r}, got "
+                f"{found}: build the processor with PerceptionDLMProcessor.from_config(model.config, tokenizer)"
+            )
+
+    def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
+        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
+        addend = None
+        if (
+            self.config.region_conditioning == "vision"
+            and self.config.use_region_prompts
+            and prompt_coverage is not None
+        ):
+            weight_KC = self.region_prompts.weight
+            addend = torch.einsum("tkp,kc->tpc", prompt_coverage.flatten(2).to(weight_KC.dtype), weight_KC)
+        pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
+        return self.projector(self.vision_tower(pixels, self.config.vision_feature_layer, addend))
+
+    def replay_regions(self, tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage):
+        """RoI tokens (R, S², D) of all regions; row b's regions lie in image b."""
+        if len(tile_grids) != len(num_regions):
+            raise ValueError(
+                f"regions need one image per row: got {len(tile_grids)} images for {len(num_regions)} rows"
+            )
+        grids, counts = [tuple(grid) for grid in tile_grids.tolist()], num_regions.tolist()
+        tiles = tiles_TnnD.split([num_tiles(grid) for grid in grids])
+        sizes_R2 = image_sizes.repeat_interleave(num_regions, dim=0)
+        boxes_R4 = region_boxes.float() / sizes_R2.flip(-1).repeat(1, 2)
+        features = [
+            roi_align(merge_tiles(t, grid), boxes, self.config.roi_size, self.config.roi_sampling_ratio)
+            for t, grid, boxes in zip(tiles, grids, boxes_R4.split(counts), strict=True)
+            if len(boxes)
+        ]
+        return self.region_replay(torch.cat(features), region_coverage, box_geometry(boxes_R4, sizes_R2))
+
+    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int) -> AnswerLayout:
+        """Place the answers behind the prompt; refuses sequences longer than the model's positions."""
+        layout = AnswerLayout(prompt, num_answers, num_slots, self.config)
+        end = int(layout.positions.max()) + 1
+        limit = self.config.text_config.max_position_embeddings
+        if end > limit:
+            raise ValueError(
+                f"the sequence needs {end} positions, the model has {limit}: use fewer tiles, tokens or regions"
+            )
+        return layout
+
+    def score_answers(
+        self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None
+    ) -> torch.Tensor:
+        """Logits (A, G, V) for slots (A, G); with a cache filled by `prefill`, only the answers' tokens are run."""
+        name = self.config.attention_layout
+        answers_BXD = self.get_input_embeddings()(layout.token_ids(answer_ids))
+        keys = prompt.roles.cat(layout.roles)
+        positions = layout.positions
+        if cache is None:
+            queries, embeds = keys, torch.cat((prompt.embeds, answers_BXD), dim=1)
+            positions = torch.cat((prompt_positions(prompt.roles, name), positions), dim=1)
+        else:
+            queries, embeds = layout.roles, answers_BXD
+        hidden = self._run(embeds, queries, keys, positions, cache)
+        return self.lm_head(layout.slots(hidden[:, -answers_BXD.shape[1] :]))
+
+    def prefill(self, prompt: Prompt, layout: AnswerLayout) -> PrefixCache:
+        """Run the prompt once and keep its keys and values; exact only in the isolated layout."""
+        cache = PrefixCache(self.config.text_config.num_hidden_layers, layout.num_blocks * layout.width)
+        positions = prompt_positions(prompt.roles, self.config.attention_layout)
+        self._run(prompt.embeds, prompt.roles, prompt.roles, positions, cache)
+        return cache
+
+    def _run(self, embeds, queries: TokenRoles, keys: TokenRoles, positions, cache) -> torch.Tensor:
+        allowed = allowed_attention(queries, keys, self.config.attention_layout)
+        mask = attention_bias(allowed, embeds.dtype, self.config.text_config._attn_implementation)
+        return self.language_model(embeds, mask, positions, past_key_values=cache)
+
+
+def scatter_features(embeds_BLD, places_BL, features, kind: str):
+    """Write features (…, D) into the marked places in order; raises when their numbers differ."""
+    features = features.reshape(-1, embeds_BLD.shape[-1]).to(embeds_BLD.dtype)
+    places = int(places_BL.sum())
+    if places != len(features):
+        raise ValueError(
+            f"the prompt has {places} {kind} tokens but the model computed {len(features)} {kind} features"
+        )
+    return embeds_BLD.masked_scatter(places_BL[..., None], features)
+
+
+__all__ = ["PerceptionDLMForConditionalGeneration", "PerceptionDLMOutput", "PerceptionDLMPreTrainedModel"]

@@ -1,0 +1,447 @@
+"""Processor of PerceptionDLM: tiling, regions as coverage and boxes, the prompt, batching and post-processing.
+
+Keys of a batch (the model documents none of them again). B rows, L prompt tokens, T tiles and R regions over all rows,
+s tile side in pixels, P patches per tile side, K region prompts:
+
+    input_ids        (B, L) int64     prompt; answers are appended by the model
+    attention_mask   (B, L) int64     1 for tokens, 0 for padding (on the right)
+    token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of attention_perceptiondlm
+    region_ids       (B, L) int64     region of a RoI or separator token within its row, -1 elsewhere
+    num_regions      (B,) int64       regions of each row, 0 for plain text
+    sample_ids       (B,) int64       which sample a row belongs to: an image may need several passes, hence rows
+    pixel_values     (T, 3, s, s) float32   tiles in row-major order, thumbnail last, normalised
+    tile_grids       (images, 2) int64      columns and rows of each image
+    image_sizes      (images, 2) int64      height and width of each image in pixels
+    region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
+    region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
+    prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch the k-th region covers, in [0, 1]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .attention_perceptiondlm import ROI, SEPARATOR, SHARED
+from .configuration_perceptiondlm import num_tiles
+from .regions_perceptiondlm import area_pool, box_coverage, load_image, mask_boxes, region_masks
+
+
+IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+ROI_TOKEN, CAPTION_TOKEN, PROMPT_TOKEN = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>", "<Prompt{}>"
+MASK_TOKEN, END_OF_TURN, END_OF_TEXT = "<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>"
+START_HEADER = "<|start_header_id|>"
+
+# LLaDA's chat format. Images stand where the message puts them; an assistant header is opened on request.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<img><IMG_CONTEXT></img>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n{% endif %}"
+)
+
+
+class PerceptionDLMProcessor(ProcessorMixin):
+    """Turns images, regions and text into model inputs, and generated ids back into captions.
+
+    Args:
+        tokenizer: a tokenizer that knows LLaDA's and PerceptionDLM's special tokens.
+        chat_template (`str`, *optional*): Jinja template, by default LLaDA's chat format.
+        tile_size (`int`, defaults to 512): side of a tile in pixels.
+        patch_size (`int`), pixel_unshuffle (`int`): as in the model's config; an image token covers
+            `patch_size * pixel_unshuffle` pixels.
+        max_tiles (`int`, defaults to 6): most grid tiles of one image, thumbnail not counted.
+        image_mean, image_std (`list[float]`): normalisation of pixels scaled to [0, 1].
+        region_conditioning, attention_layout (`str`), use_roi_replay (`bool`), num_region_prompts, roi_size,
+            coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
+        max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
+            `vision` a pass never holds more than `num_region_prompts`.
+        system_prompt (`str`, *optional*), region_question (`str`): the turns of a region prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        chat_template=None,
+        tile_size=512,
+        patch_size=16,
+        pixel_unshuffle=2,
+        max_tiles=6,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        region_conditioning="replay",
+        attention_layout="isolated",
+        use_roi_replay=True,
+        num_region_prompts=6,
+        roi_size=4,
+        coverage_subsamples=2,
+        max_regions_per_pass=None,
+        system_prompt="You are a helpful assistant.",
+        region_question="Describe each masked region in detail.",
+    ):
+        self.tile_size, self.patch_size, self.pixel_unshuffle = tile_size, patch_size, pixel_unshuffle
+        self.max_tiles = max_tiles
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.region_conditioning, self.attention_layout = region_conditioning, attention_layout
+        self.use_roi_replay, self.num_region_prompts = use_roi_replay, num_region_prompts
+        self.roi_size, self.coverage_subsamples = roi_size, coverage_subsamples
+        self.max_regions_per_pass = max_regions_per_pass
+        self.system_prompt, self.region_question = system_prompt, region_question
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def from_config(cls, config, tokenizer, **overrides: Any) -> "PerceptionDLMProcessor":
+        """A processor whose sizes and switches are those of a [`PerceptionDLMConfig`]."""
+        shared = (
+            "region_conditioning",
+            "attention_layout",
+            "use_roi_replay",
+            "num_region_prompts",
+            "roi_size",
+        )
+        fields = {name: getattr(config, name) for name in (*shared, "coverage_subsamples", "pixel_unshuffle")}
+        fields |= {
+            "tile_size": config.vision_config.image_size,
+            "patch_size": config.vision_config.patch_size,
+        }
+        return cls(tokenizer, **{**fields, **overrides})
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
+            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "prompt_coverage",
+        ]  # fmt: skip
+
+    @property
+    def patches_per_side(self) -> int:
+        """P: patches along one side of a tile."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile."""
+        return (self.patches_per_side // self.pixel_unshuffle) ** 2
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        masks: Any = None,
+        boxes: Any = None,
+        label_map: Any = None,
+        max_regions_per_pass: int | None = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Build a batch, either of regions to caption or of text (with or without images) to continue.
+
+        Args:
+            images: one image or a list of them (see `load_image` for what an image may be); with text and no regions
+                also a list of lists, the images of each text.
+            text: with regions, the question instead of `region_question` (one, or one per image). Without, a question,
+                or a prompt rendered by `apply_chat_template` (one, or one per sample).
+            masks, boxes, label_map: the regions, in any form of `region_masks`; one of the three. For a list of images,
+                a list with the regions of each.
+            max_regions_per_pass: overrides the processor's.
+            return_tensors: only "pt".
+        Returns:
+            `BatchFeature` with the keys listed at the top of this file.
+        Raises:
+            ValueError, TypeError: naming what was wrong and what is accepted.
+        """
+        unknown = sorted(set(kwargs) - {"padding", "add_special_tokens"})
+        if unknown:
+            raise TypeError(f"unknown processor keywords {unknown}")
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        regions = {"masks": masks, "boxes": boxes, "label_map": label_map}
+        given = [name for name, value in regions.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give regions in one form, got {given}")
+        if given:
+            rows = self.region_rows(images, text, given[0], regions[given[0]], max_regions_per_pass)
+        elif text is None:
+            raise ValueError("nothing to do: give regions (masks, boxes or label_map) to caption, or text to answer")
+        else:
+            rows = self.text_rows(images, text)
+        return self.collate(rows)
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def region_rows(self, images, text, form: str, regions, max_regions_per_pass=None) -> list[dict]:
+        """One row per pass of every image."""
+        if images is None:
+            raise ValueError(f"{form} were given without an image")
+        batched = isinstance(images, (list, tuple))
+        images = list(images) if batched else [images]
+        regions = list(regions) if batched and isinstance(regions, (list, tuple)) else [regions]
+        if len(regions) != len(images):
+            raise ValueError(f"{len(images)} images need {len(images)} entries of {form}, got {len(regions)}")
+        questions = self._per_sample(text, len(images)) if text is not None else [self.region_question] * len(images)
+        rows = []
+        for index, (image, region, question) in enumerate(zip(images, regions, questions, strict=True)):
+            suffix = f"[{index}]" if batched else ""
+            image = load_image(image, name=f"image{suffix}")
+            size = (image.height, image.width)
+            masks = region_masks(size, **{form: region}, name=f"{form}{suffix}")
+            tiles, grid = self.tile(image)
+            before, after = self._region_prompt(question)
+            for group in self._groups(len(masks), max_regions_per_pass):
+                row = {"sample_id": index, "tiles": tiles, "grids": [grid], "sizes": [size]}
+                row |= self._sequence(before, after, grid, len(masks[group]))
+                row |= self._region_features(masks[group], grid)
+                rows.append(row)
+        return rows
+
+    def text_rows(self, images, text) -> list[dict]:
+        """One row per text; each may have several images."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if images is None:
+            images = [[] for _ in texts]
+        elif not isinstance(images, (list, tuple)):
+            images = [[images]]
+        elif not any(isinstance(entry, (list, tuple)) for entry in images):
+            images = [list(images)] if len(texts) == 1 else [[image] for image in images]
+        if len(images) != len(texts):
+            raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
+        rows = []
+        for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
+            loaded = [load_image(image, name=f"images[{index}][{i}]") for i, image in enumerate(group)]
+            tiled = [self.tile(image) for image in loaded]
+            grids = [grid for _, grid in tiled]
+            ids = self._expand_images(self._tokenize(self._wrap(prompt, len(loaded))), grids, f"text[{index}]")
+            rows.append(
+                {
+                    "sample_id": index,
+                    "ids": ids,
+                    "roles": [SHARED] * len(ids),
+                    "regions": [-1] * len(ids),
+                    "num_regions": 0,
+                    "tiles": np.concatenate([tiles for tiles, _ in tiled]) if tiled else None,
+                    "grids": grids,
+                    "sizes": [(image.height, image.width) for image in loaded],
+                }
+            )
+        return rows
+
+    def _groups(self, count: int, limit: int | None) -> list[slice]:
+        """Split `count` regions into passes, in order."""
+        limit = limit if limit is not None else self.max_regions_per_pass
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_regions_per_pass must be at least 1, got {limit}")
+        if self.region_conditioning == "vision":
+            limit = min(limit or self.num_region_prompts, self.num_region_prompts)
+        step = limit or count
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    @staticmethod
+    def _per_sample(text, count: int) -> list[str]:
+        texts = [text] * count if isinstance(text, str) else list(text)
+        if len(texts) != count:
+            raise ValueError(f"{count} images need one text or {count}, got {len(texts)}")
+        return texts
+
+    # --- prompt ---------------------------------------------------------------------------------------------------
+
+    def _region_prompt(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after the RoI span of the single-region prompt."""
+        special = [token for token in self.tokenizer.all_special_tokens if token in question]
+        if special:
+            raise ValueError(f"a region question may not contain special tokens, found {special}")
+        place = ROI_TOKEN.format(0) + "\n"
+        content = [{"type": "image"}, {"type": "text", "text": place + question}]
+        messages = [{"role": "user", "content": content}]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        before, after = self.apply_chat_template(messages, add_generation_prompt=True).split(place)
+        return self._tokenize(before), self._tokenize(after)
+
+    def _sequence(self, before: list[int], after: list[int], grid, num_regions: int) -> dict:
+        """Shared tokens with the regions' RoI spans between them: ids, roles and region ids."""
+        head = self._expand_images(before, [grid], "region prompt")
+        ids, roles, regions = list(head), [SHARED] * len(head), [-1] * len(head)
+        newline = self._tokenize("\n")
+        for region in range(num_regions if self.use_roi_replay else 0):
+            prompt_id = region if self.region_conditioning == "vision" else 0
+            roi = self.tokenizer.convert_tokens_to_ids(ROI_TOKEN.format(prompt_id))
+            ids += [roi] * self.roi_size**2 + newline
+            roles += [ROI] * self.roi_size**2 + [SEPARATOR] * len(newline)
+            regions += [region] * (self.roi_size**2 + len(newline))
+        if self.use_roi_replay and self.attention_layout != "isolated":
+            roles[-len(newline) :], regions[-len(newline) :] = [SHARED] * len(newline), [-1] * len(newline)
+        ids, roles, regions = ids + after, roles + [SHARED] * len(after), regions + [-1] * len(after)
+        return {"ids": ids, "roles": roles, "regions": regions, "num_regions": num_regions}
+
+    def _wrap(self, text: str, num_images: int) -> str:
+        """Put a bare question into a user turn behind its images; a rendered prompt stays as it is."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        if START_HEADER in text:
+            return text
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _expand_images(self, ids: list[int], grids: list[tuple[int, int]], name: str) -> list[int]:
+        """Repeat every image placeholder for each token of its tiles."""
+        image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        places = ids.count(image_token)
+        if places != len(grids):
+            raise ValueError(f"{name} has {places} image placeholders ({IMAGE_TOKEN}) for {len(grids)} images")
+        counts = iter(num_tiles(grid) * self.tokens_per_tile for grid in grids)
+        return [token for i in ids for token in ([i] * next(counts) if i == image_token else [i])]
+
+    def prompt_length(self, size: tuple[int, int], num_regions: int) -> int:
+        """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
+        grid = best_grid(*size, self.tile_size, self.max_tiles)
+        return num_tiles(grid) * self.tokens_per_tile + num_regions * (self.roi_size**2 + 1) * self.use_roi_replay
+
+    # --- images and regions ---------------------------------------------------------------------------------------
+
+    def tile(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
+        side = self.tile_size
+        columns, rows = grid = best_grid(image.width, image.height, side, self.max_tiles)
+        pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+        tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        if len(tiles) > 1:
+            thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+            tiles = np.concatenate((tiles, thumbnail[None]))
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        normalised = (tiles.astype(np.float32) / 255.0 - mean) / std
+        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)), grid
+
+    def _region_features(self, masks: np.ndarray, grid: tuple[int, int]) -> dict:
+        """Boxes of the masks, and their coverage of box cells (`replay`) or of patches (`vision`)."""
+        boxes = mask_boxes(masks)
+        if self.region_conditioning == "replay":
+            return {
+                "boxes": boxes,
+                "coverage": box_coverage(masks, boxes, self.roi_size * self.coverage_subsamples),
+            }
+        return {"boxes": boxes, "prompt_coverage": self._patch_coverage(masks, grid)}
+
+    def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Share of every patch of every tile that each region covers: (T, K, P, P)."""
+        (columns, rows), patches = grid, self.patches_per_side
+        height, width = masks.shape[1:]
+        cover = area_pool(
+            masks, np.linspace(0, width, columns * patches + 1), np.linspace(0, height, rows * patches + 1)
+        )
+        tiled = cover.reshape(len(masks), rows, patches, columns, patches).transpose(1, 3, 0, 2, 4)
+        tiled = tiled.reshape(rows * columns, len(masks), patches, patches)
+        if len(tiled) > 1:
+            thumbnail = area_pool(masks, np.linspace(0, width, patches + 1), np.linspace(0, height, patches + 1))
+            tiled = np.concatenate((tiled, thumbnail[None]))
+        missing = self.num_region_prompts - len(masks)
+        return np.pad(tiled, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+    # --- batch ----------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: list[dict]) -> BatchFeature:
+        """Pad the rows' sequences on the right and concatenate everything else."""
+        length = max(len(row["ids"]) for row in rows)
+        pad_id = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+
+        def padded(name: str, fill: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+
+        data = {
+            "input_ids": padded("ids", pad_id),
+            "attention_mask": torch.tensor([[1] * len(r["ids"]) + [0] * (length - len(r["ids"])) for r in rows]),
+            "token_roles": padded("roles", SHARED),
+            "region_ids": padded("regions", -1),
+            "num_regions": torch.tensor([row["num_regions"] for row in rows]),
+            "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
+        }
+        if any(row["grids"] for row in rows):
+            data["pixel_values"] = torch.from_numpy(np.concatenate([r["tiles"] for r in rows if r["grids"]]))
+            data["tile_grids"] = torch.tensor([grid for row in rows for grid in row["grids"]])
+            data["image_sizes"] = torch.tensor([size for row in rows for size in row["sizes"]])
+        for key, name in (
+            ("boxes", "region_boxes"),
+            ("coverage", "region_coverage"),
+            ("prompt_coverage",) * 2,
+        ):
+            if found := [row[key] for row in rows if key in row]:
+                data[name] = torch.from_numpy(np.concatenate(found))
+        return BatchFeature(data)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def encode_answers(self, answers: Sequence[str], num_slots: int) -> torch.Tensor:
+        """Answers as training targets: (A, num_slots) ids, each ended by the end-of-turn token and filled with
+        end-of-text tokens. Raises `ValueError` naming an answer that is too long or empty."""
+        end, fill = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+        targets = torch.full((len(answers), num_slots), fill)
+        for index, answer in enumerate(answers):
+            ids = self._tokenize(answer)
+            if not ids or len(ids) > num_slots:
+                raise ValueError(
+                    f"answer {index} has {len(ids)} tokens, accepted are 1 to {num_slots}: {answer[:80]!r}"
+                )
+            ids = (ids + [end])[:num_slots]
+            targets[index, : len(ids)] = torch.tensor(ids)
+        return targets
+
+    def decode_answers(self, output) -> list[dict[str, Any]]:
+        """Every answer's text up to its end token and its score, the mean probability of the tokens it is made of.
+
+        Returns:
+            one `{"text": str, "score": float in [0, 1], "sample": int}` per answer, in the output's order.
+        """
+        ends = set(self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]))
+        answers = []
+        for ids, confidences, sample in zip(
+            output.sequences.tolist(), output.confidences.tolist(), output.sample_ids.tolist(), strict=True
+        ):
+            length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+            used = confidences[: length + 1]  # the end token is part of the decision
+            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+            answers.append({"text": text, "score": sum(used) / len(used), "sample": sample})
+        return answers
+
+    def post_process_region_captions(self, output, output_scores: bool = False) -> list[list]:
+        """Captions of `generate`'s output: one list per image, in the order its regions were given.
+
+        Args:
+            output_scores: return `{"caption", "score"}` instead of strings.
+        """
+        answers = self.decode_answers(output)
+        captions: list[list] = [[] for _ in range(max(a["sample"] for a in answers) + 1)]
+        for answer in answers:
+            scored = {"caption": answer["text"], "score": answer["score"]}
+            captions[answer["sample"]].append(scored if output_scores else scored["caption"])
+        return captions
+
+    def post_process_image_text_to_text(self, generated_outputs, **_kwargs: Any) -> list[str]:
+        """Answers of `generate`'s output for text without regions, one string per sample."""
+        return [answer["text"] for answer in self.decode_answers(generated_outputs)]
+
+
+def best_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """Grid (columns, rows) of at most `max_tiles` cells whose aspect ratio is closest to the image's.
+
+    A tie goes to the larger grid when the image's area exceeds half of that grid's.
+    """
+    cells = range(1, max_tiles + 1)
+    grids = sorted(((c, r) for c in cells for r in cells if c * r <= max_tiles), key=lambda grid: grid[0] * grid[1])
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in grids:
+        difference = abs(width / height - columns / rows)
+        large_enough = width * height > 0.5 * tile_size**2 * columns * rows
+        if difference < smallest or (difference == smallest and large_enough):
+            best, smallest = (columns, rows), difference
+    return best
+
+
+__all__ = ["CHAT_TEMPLATE", "PerceptionDLMProcessor"]

@@ -1,0 +1,286 @@
+"""Scoring of captions: hand-computed cases, answer matching, and the published question files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perceptiondlm.evaluation.scoring import (
+    JudgeRequest,
+    constant_captions,
+    match_answer,
+    question_prompt,
+    recognition_question,
+    score_captions,
+    shuffled_captions,
+)
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "paradlc"
+
+POSITIVE = {
+    "question": "Which of the following is applicable to the description?",
+    "choices": [["It is red.", 1], ["It is not mentioned.", 0], ["It is not red.", -1], ["No color is given.", 0.5]],
+    "type": "positive",
+}
+NEGATIVE = {
+    "question": "Which of the following is applicable to the description?",
+    "choices": [["The door is mentioned.", -1], ["The door is not mentioned.", 1]],
+    "type": "negative",
+    "subtype": "negative part",
+}
+
+
+class ScriptedJudge:
+    """Gives out prepared answers in order and remembers what it was asked."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+        self.batches: list[list[JudgeRequest]] = []
+
+    def __call__(self, requests):
+        self.batches.append(list(requests))
+        return [self.answers.pop(0) for _ in requests]
+
+
+def score(answers, questions, **options):
+    captions = {region_id: f"caption of {region_id}" for region_id in questions}
+    class_names = dict.fromkeys(questions, "house")
+    return score_captions(captions, questions, class_names, ScriptedJudge(*answers), **options)
+
+
+def test_one_region_by_hand():
+    result = score(["A", "A", "D", "B"], {"7_0": [POSITIVE, POSITIVE, NEGATIVE]})
+    region = result.regions[0]
+    assert region.recognized
+    assert region.positive == 0.75  # (1 + 0.5) / 2
+    assert region.negative == 1
+    assert [row.score for row in region.questions] == [1, 0.5, 1]
+    assert [row.choice for row in region.questions] == [0, 3, 1]
+    assert (result.positive, result.negative, result.average, result.recognition) == (75, 100, 87.5, 100)
+    assert (result.num_images, result.num_regions, result.num_questions) == (1, 1, 3)
+
+
+def test_failed_recognition_caps_gains_and_leaves_penalties():
+    result = score(["B", "A", "C", "D", "A", "B"], {"7_0": [POSITIVE, POSITIVE, POSITIVE, NEGATIVE, NEGATIVE]})
+    region = result.regions[0]
+    assert not region.recognized
+    assert [row.raw_score for row in region.questions] == [1, -1, 0.5, -1, 1]
+    assert [row.score for row in region.questions] == [0, -1, 0, -1, 0]
+    assert region.positive == pytest.approx(-1 / 3)
+    assert region.negative == -0.5
+    assert result.recognition == 0
+
+
+def test_unmatched_recognition_answer_counts_as_not_recognized():
+    assert not score(["I cannot tell", "A"], {"7_0": [POSITIVE]}).regions[0].recognized
+
+
+def test_regions_have_equal_weight_and_missing_types_are_left_out():
+    questions = {"1_0": [POSITIVE], "1_1": [POSITIVE, POSITIVE, POSITIVE, NEGATIVE], "2_0": [NEGATIVE]}
+    result = score("AAACCCBAA", questions)
+    assert [region.positive for region in result.regions] == [1, -1, None]
+    assert [region.negative for region in result.regions] == [None, 1, -1]
+    assert (result.positive, result.negative, result.average) == (0, 0, 0)
+    assert (result.num_images, result.num_regions, result.num_questions) == (2, 3, 6)
+
+
+def test_without_any_negative_question_there_is_no_average():
+    result = score(["A", "A"], {"1_0": [POSITIVE]})
+    assert (result.positive, result.negative, result.average) == (100, None, None)
+
+
+def test_subtypes_and_attributes():
+    color = {"kind": "attribute", "attribute": "color", "category": "house", "part": None, "value": "red"}
+    questions = {
+        "1_0": [
+            {**POSITIVE, "query": color},
+            {**POSITIVE, "query": color},
+            {**POSITIVE, "query": {**color, "part": "roof"}},
+            NEGATIVE,
+            {**NEGATIVE, "subtype": "salient negative"},
+        ]
+    }
+    result = score(["A", "A", "D", "A", "A", "B"], questions)
+    assert result.per_subtype == {
+        "negative part": -100,
+        "positive": pytest.approx(100 * 2.5 / 3),
+        "salient negative": 100,
+    }
+    assert result.per_attribute == {"color": 50, "part color": 100}
+
+
+def test_to_dict_is_plain_json():
+    plain = score(["A", "A", "B"], {"1_0": [POSITIVE, NEGATIVE]}).to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["regions"][0]["questions"][1]["subtype"] == "negative part"
+    assert plain["regions"][0]["recognition"]["query"] == {"kind": "recognition", "category": "house"}
+
+
+def test_recognition_comes_first_and_batches_follow_the_batch_size():
+    judge = ScriptedJudge(*"AAAAA")
+    questions = {"1_0": [POSITIVE, NEGATIVE], "1_1": [POSITIVE]}
+    score_captions({"1_0": "x", "1_1": "y"}, questions, {"1_0": "car", "1_1": "cup"}, judge, batch_size=2)
+    assert [len(batch) for batch in judge.batches] == [2, 2, 1]
+    requests = [request for batch in judge.batches for request in batch]
+    assert [request.region_id for request in requests] == ["1_0", "1_0", "1_0", "1_1", "1_1"]
+    assert [request.question["type"] for request in requests] == [
+        "recognition", "positive", "negative", "recognition", "positive",
+    ]  # fmt: skip
+    assert requests[0].image is None
+
+
+def test_crops_reach_the_judge():
+    judge = ScriptedJudge("A", "A")
+    crop = (object(), object())
+    score_captions({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, judge, crops={"1_0": crop})
+    assert [(request.image, request.mask) for request in judge.batches[0]] == [crop, crop]
+
+
+def test_an_empty_caption_is_judged_and_unasked_regions_are_left_aside():
+    judge = ScriptedJudge("B", "B")
+    captions = {"1_0": "", "1_1": "never judged"}
+    result = score_captions(captions, {"1_0": [POSITIVE], "1_2": []}, {"1_0": "car"}, judge)
+    assert result.num_regions == 1
+    assert result.positive == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("Is it red?", "expected a mapping, got str"),
+        ({**POSITIVE, "question": ""}, "no question text"),
+        ({**POSITIVE, "type": "neutral"}, "type 'neutral' is none of"),
+        ({**POSITIVE, "query": "color"}, "query 'color' is not a mapping"),
+        ({**POSITIVE, "choices": []}, "0 choices, need 1 to 26"),
+        ({**POSITIVE, "choices": None}, "no choices"),
+        ({**POSITIVE, "choices": [["x", 1]] * 27}, "27 choices"),
+        ({**POSITIVE, "choices": ["x"]}, "choice 'x' is not a pair"),
+        ({**POSITIVE, "choices": [[" ", 1]]}, "has no text"),
+        ({**POSITIVE, "choices": [["x", "1"]]}, "no finite number"),
+        ({**POSITIVE, "choices": [["x", float("nan")]]}, "no finite number"),
+    ],
+)
+def test_malformed_questions_are_found_before_judging(question, message):
+    judge = ScriptedJudge()
+    with pytest.raises(ValueError, match=rf"question 1 of region '1_0': .*{message}"):
+        score_captions({"1_0": ""}, {"1_0": [POSITIVE, question]}, {"1_0": "car"}, judge)
+    assert not judge.batches
+
+
+@pytest.mark.parametrize(
+    ("captions", "questions", "class_names", "options", "message"),
+    [
+        ({}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {}, "'1_0' has 1 questions but no caption"),
+        ({"1_0": ""}, {"1_0": [POSITIVE]}, {}, {}, "'1_0' has 1 questions but no class name"),
+        ({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"crops": {}}, "'1_0' has 1 questions but no crop"),
+        ({"1_0": ""}, {"1_0": []}, {"1_0": "car"}, {}, "none of the 1 regions has a question"),
+        ({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_missing_inputs_are_found_before_judging(captions, questions, class_names, options, message):
+    judge = ScriptedJudge()
+    with pytest.raises(ValueError, match=message):
+        score_captions(captions, questions, class_names, judge, **options)
+    assert not judge.batches
+
+
+def test_other_errors():
+    questions, class_names = {"1_0": [POSITIVE]}, {"1_0": "car"}
+    with pytest.raises(TypeError, match="'1_0' is a NoneType"):
+        score_captions({"1_0": None}, questions, class_names, ScriptedJudge())  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="1 answers to 2 requests"):
+        score_captions({"1_0": ""}, questions, class_names, lambda requests: ["A"])
+    with pytest.raises(TypeError, match="answer for region '1_0' is a int"):
+        score_captions({"1_0": ""}, questions, class_names, lambda requests: [0 for _ in requests])
+    with pytest.raises(ValueError, match="blank"):
+        recognition_question(" ")
+
+
+CHOICES = [["The roof is mentioned.", 1], ["The roof is not mentioned.", 0], ["red", -1]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("B", 1),
+        ("b", 1),
+        ("B.", 1),
+        ("(B)", 1),
+        ("[B]", 1),
+        ("**B**", 1),
+        ("B) The roof", 1),
+        ("B: because it says so", 1),
+        ("B\nbecause A is false", 1),
+        ("Answer: B", 1),
+        ("The correct answer is C.", 2),
+        ("the  ROOF is\nnot mentioned", 1),
+        ("The roof is mentioned", 0),
+        ("I think that the roof is not mentioned, so", 1),
+        ("it is red", 2),
+        ("not mentioned", 1),
+        ("E", None),
+        ("A red roof", 2),
+        ("A house", None),
+        ("covered", None),
+        ("A and B", None),
+        ("The roof is mentioned. The roof is not mentioned.", None),
+        ("roof", None),
+        ("", None),
+        ("?!", None),
+    ],
+)
+def test_match_answer(answer, choice):
+    assert match_answer(answer, CHOICES) == choice
+
+
+def test_an_answer_without_match_scores_zero():
+    row = score(["A", "no idea"], {"1_0": [NEGATIVE]}).regions[0].questions[0]
+    assert (row.answer, row.choice, row.raw_score, row.score) == ("no idea", None, 0, 0)
+
+
+def test_recognition_question_and_prompt():
+    question = recognition_question("umbrella")
+    assert [value for _, value in question["choices"]] == [1, 0]
+    assert question["choices"][0][0] == "The described object is (or contains) an umbrella."
+    assert question["query"] == {"kind": "recognition", "category": "umbrella"}
+    prompt = question_prompt("a red cup", NEGATIVE)
+    assert "Description: a red cup\n" in prompt
+    assert "A. The door is mentioned.\nB. The door is not mentioned.\n" in prompt
+    assert prompt.endswith("Answer with the letter only.")
+    assert "(no description)" in question_prompt("  ", NEGATIVE)
+
+
+def test_baselines():
+    captions = {f"1_{k}": f"caption {k}" for k in range(9)}
+    assert constant_captions(captions, "a car") == dict.fromkeys(captions, "a car")
+    for seed in range(20):
+        shuffled = shuffled_captions(captions, seed)
+        assert list(shuffled) == list(captions)
+        assert sorted(shuffled.values()) == sorted(captions.values())
+        assert all(shuffled[region_id] != captions[region_id] for region_id in captions)
+    assert shuffled_captions(captions, 3) == shuffled_captions(captions, 3)
+    assert shuffled_captions(captions, 3) != shuffled_captions(captions, 4)
+    with pytest.raises(ValueError, match="at least 2 captions, got 1"):
+        shuffled_captions({"1_0": "x"}, 0)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published ParaDLC-Bench files are not beside this checkout")
+def test_published_questions():
+    questions = json.loads((PUBLISHED / "qa.json").read_text(encoding="utf-8"))
+    class_names = json.loads((PUBLISHED / "class_names.json").read_text(encoding="utf-8"))
+    captions = constant_captions(questions, "a thing")
+
+    def best(requests):
+        """The choice with the highest score, by its text."""
+        return [max(request.question["choices"], key=lambda choice: choice[1])[0] for request in requests]
+
+    result = score_captions(captions, questions, class_names, best)
+    rows = [row for region in result.regions for row in region.questions]
+    assert (result.num_images, result.num_regions, result.num_questions) == (100, 299, 2345)
+    assert sum(row.type == "positive" for row in rows) == 1137
+    assert sum(row.subtype == "salient negative" for row in rows) == 679
+    assert sum(row.subtype == "negative part" for row in rows) == 529
+    assert sum(region.positive is None for region in result.regions) == 12
+    assert (result.positive, result.negative, result.average, result.recognition) == (100, 100, 100, 100)
+    assert list(result.per_subtype) == ["negative part", "positive", "salient negative"]
+    assert result.per_attribute == {}

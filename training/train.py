@@ -1,0 +1,137 @@
+"""Train PerceptionDLM with the HF Trainer.
+
+    accelerate launch training/train.py training/configs/scenes.yaml [section.key=value ...]
+
+Writes checkpoints and a log while it runs, and a self-contained checkpoint at the end. `resume=true` continues the
+newest checkpoint of an interrupted run.
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from perceptiondlm.processing_perceptiondlm import (
+    CAPTION_TOKEN,
+    END_OF_TEXT,
+    END_OF_TURN,
+    IMAGE_TOKEN,
+    MASK_TOKEN,
+    ROI_TOKEN,
+    PerceptionDLMProcessor,
+)
+from perceptiondlm.training.checkpoint import export, prepare_config, register_auto_classes
+from perceptiondlm.training.config import RunConfig, load_run_config
+from perceptiondlm.training.data import AnswerCollator, SceneDataset
+from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
+from perceptiondlm.training.trainer import PerceptionDLMTrainer, SceneEvaluation
+
+
+def build_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PerceptionDLMConfig:
+    """A model config whose ids are the tokenizer's."""
+
+    def ids(name: str, count: int) -> list[int]:
+        return tokenizer.convert_tokens_to_ids([name.format(i) for i in range(count)])
+
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    special = {"bos_token_id": tokenizer.bos_token_id}
+    special |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return PerceptionDLMConfig(
+        **{**model, "text_config": {**text, **special, **model["text_config"]}},
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        mask_token_id=tokenizer.convert_tokens_to_ids(MASK_TOKEN),
+        newline_token_id=tokenizer("\n", add_special_tokens=False)["input_ids"][0],
+        end_of_turn_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        end_of_text_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        roi_token_ids=ids(ROI_TOKEN, 16),
+        caption_token_ids=ids(CAPTION_TOKEN, 16),
+    )
+
+
+def build_model(run: RunConfig) -> tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]:
+    """A model with fresh weights and its processor."""
+    texts = scene_texts(run.data.seed, run.tokenizer.scenes)
+    positions = run.model["text_config"]["max_position_embeddings"]
+    tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
+    config = prepare_config(build_config(run.model, tokenizer))
+    processor = PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
+    model = PerceptionDLMForConditionalGeneration(config)
+    model.generation_config = PerceptionDLMGenerationConfig(
+        max_new_tokens=run.loss.num_slots, steps=run.loss.num_slots, suppress_tokens=[config.mask_token_id]
+    )
+    return model, processor
+
+
+def sample_lengths(dataset: SceneDataset, processor: PerceptionDLMProcessor, collator: AnswerCollator) -> list[int]:
+    """Tokens of every sample, answers included. Scenes are drawn once for this, so the result is kept on disk."""
+    workers = max(1, (os.cpu_count() or 2))
+    with ProcessPoolExecutor(workers) as pool:
+        shapes = pool.map(dataset.shape, range(len(dataset)), chunksize=64)
+        shapes = list(tqdm(shapes, total=len(dataset), desc="measuring scenes"))
+    answer = collator.num_slots * collator.noise_copies
+    return [processor.prompt_length(size, regions) + max(regions, 1) * answer for size, regions in shapes]
+
+
+def cached_lengths(run: RunConfig, dataset, processor, collator) -> list[int]:
+    """`sample_lengths`, kept in the output directory between runs."""
+    path = Path(run.trainer["output_dir"]) / f"lengths-{run.data.seed}-{run.data.num_images}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    lengths = sample_lengths(dataset, processor, collator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(lengths))
+    return lengths
+
+
+def train(run: RunConfig) -> Path:
+    """Run one training from its configuration; returns the directory of the finished checkpoint."""
+    arguments = TrainingArguments(**run.trainer, remove_unused_columns=False)
+    set_seed(arguments.seed)
+    register_auto_classes()
+    model, processor = build_model(run)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
+    dataset = SceneDataset(run.data.seed, run.data.num_images, run.data.conversation_share)
+    collator = AnswerCollator(processor, run.loss.num_slots, run.loss.noise_copies)
+    trainer = PerceptionDLMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        loss_weighting=run.loss.weighting,
+        lengths=cached_lengths(run, dataset, processor, collator),
+    )
+    trainer.add_callback(SceneEvaluation(trainer, run.evaluation))
+    last = get_last_checkpoint(arguments.output_dir) if run.resume and Path(arguments.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        export(model, processor, run.export_dir, getattr(torch, run.export_dtype))
+        log = {"config": run.__dict__, "log": trainer.state.log_history}
+        Path(run.export_dir, "training_log.json").write_text(json.dumps(log, indent=1, default=vars) + "\n")
+    return Path(run.export_dir)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, values in YAML syntax")
+    options = parser.parse_args()
+    run = load_run_config(options.config, options.overrides)
+    print(json.dumps(run.__dict__, indent=1, default=vars))
+    print(f"checkpoint written to {train(run)}")
+
+
+if __name__ == "__main__":
+    main()
