@@ -81,8 +81,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     model_type = "perceptiondlm"
     sub_configs = {"vision_config": SiglipVisionConfig, "text_config": LlamaConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     vision_feature_layer: int = -2
     pixel_unshuffle: int = 2
     projector_hidden_act: str = "gelu"

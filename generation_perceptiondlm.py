@@ -8,6 +8,7 @@ Legend: A answers, G slots per answer, V vocabulary.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +114,9 @@ class PerceptionDLMGenerationOutput(ModelOutput):
         tokens_per_forward (`float`): slots committed per denoising pass, over the whole batch.
     """
 
-    sequences: torch.LongTensor | None = None
-    confidences: torch.FloatTensor | None = None
-    sample_ids: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
 
@@ -219,14 +220,21 @@ class Canvas:
 class PerceptionDLMGenerationMixin:
     """Adds masked-diffusion `generate` to a model with `embed_prompt`, `lay_out_answers`, `prefill`, `score_answers`."""
 
+    config: Any
+    device: torch.device
+    embed_prompt: Callable[..., Any]
+    lay_out_answers: Callable[..., Any]
+    prefill: Callable[..., Any]
+    score_answers: Callable[..., torch.Tensor]
+
     def can_generate(self) -> bool:
         return True
 
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
-        sample_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        sample_ids: torch.Tensor | None = None,
         generation_config: PerceptionDLMGenerationConfig | None = None,
         generator: torch.Generator | None = None,
         streamer: Any | None = None,

@@ -1,4 +1,4 @@
-"""PerceptionDLM: SigLIP tiles, region replay and a bidirectional Llama that denoises the captions of all regions at once.
+"""PerceptionDLM: SigLIP tiles, region replay, and a bidirectional Llama that denoises all captions at once.
 
 Reading order: `PerceptionDLMForConditionalGeneration.forward` is the table of contents; the parts stand above it.
 
@@ -41,14 +41,14 @@ class PerceptionDLMOutput(ModelOutput):
     """Output of [`PerceptionDLMForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, when `labels` are given): equation 2 of the paper.
+        loss (`torch.FloatTensor` of shape `()`, when `labels` are given): equation 2 of the paper.
         logits (`torch.FloatTensor` of shape `(A, G, V)`): scores for every slot of every answer.
         masked (`torch.BoolTensor` of shape `(A, G)`, when `labels` are given): the slots that the noise masked.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    masked: torch.BoolTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
 
 
 class PromptedSiglipVisionModel(SiglipVisionModel):
@@ -111,7 +111,8 @@ class PrefixCache:
         """Store (B, heads, X, d) keys and values of a layer and return all it may attend to."""
         buffers = self.buffers[layer_idx]
         if buffers is None:
-            self.buffers[layer_idx] = tuple(F.pad(x, (0, 0, 0, self.answer_tokens)) for x in (key, value))
+            room = (0, 0, 0, self.answer_tokens)
+            self.buffers[layer_idx] = (F.pad(key, room), F.pad(value, room))
             return key, value
         for buffer, new in zip(buffers, (key, value), strict=True):
             buffer[:, :, buffer.shape[2] - self.answer_tokens :] = new
@@ -335,6 +336,28 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes=False, **kwargs):
+        """As in transformers, but a checkpoint that does not fill exactly this config's weights is a `ValueError`.
+
+        `ignore_mismatched_sizes=True` returns to transformers' behaviour: a warning, and fresh weights where needed.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        problems = [
+            f"{len(info[kind])} {kind.replace('_', ' ')}, such as {sorted(map(str, info[kind]))[0]}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info[kind]
+        ]
+        if problems and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} and the config disagree: {'; '.join(problems)}. Load "
+                "the config that belongs to them, or pass ignore_mismatched_sizes=True to initialise what is missing"
+            )
+        return (model, info) if wants_info else model
+
 
 class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, PerceptionDLMPreTrainedModel):
     """Captions every region of an image in parallel by masked diffusion; without regions, answers questions."""
@@ -367,21 +390,21 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        token_roles: torch.LongTensor | None = None,
-        region_ids: torch.LongTensor | None = None,
-        num_regions: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        tile_grids: torch.LongTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        region_boxes: torch.FloatTensor | None = None,
-        region_coverage: torch.FloatTensor | None = None,
-        prompt_coverage: torch.FloatTensor | None = None,
-        answer_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mask_probability: torch.FloatTensor | None = None,
-        answer_noise: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor,
+        token_roles: torch.Tensor | None = None,
+        region_ids: torch.Tensor | None = None,
+        num_regions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        tile_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        region_coverage: torch.Tensor | None = None,
+        prompt_coverage: torch.Tensor | None = None,
+        answer_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mask_probability: torch.Tensor | None = None,
+        answer_noise: torch.Tensor | None = None,
         loss_weighting: str = "elbo",
         **_kwargs: Any,
     ) -> PerceptionDLMOutput:
@@ -415,6 +438,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 answer_noise = torch.rand(labels.shape, device=labels.device)
             answer_ids, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
         # 3. denoise all answers in one pass
+        assert answer_ids is not None  # given, or made in step 2
         layout = self.lay_out_answers(prompt, *answer_ids.shape)
         logits = self.score_answers(prompt, layout, answer_ids)
         # 4. loss (equation 2)

@@ -78,7 +78,7 @@ class RegionCaptioningPipeline(Pipeline):
                 values = [values] * len(samples)
             if not isinstance(values, (list, tuple)) or len(values) != len(samples):
                 found = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
-                raise ValueError(f"{len(samples)} images need a list with {len(samples)} entries of {name}, got {found}")
+                raise ValueError(f"{len(samples)} images need a list of {len(samples)} entries of {name}, got {found}")
             for sample, value in zip(samples, values, strict=True):
                 sample[name] = value
         return samples
@@ -93,8 +93,8 @@ class RegionCaptioningPipeline(Pipeline):
     def preprocess(self, samples: list[dict[str, Any]], **processor_kwargs: Any) -> dict[str, Any]:
         """Samples to model inputs; all samples of a batch give their regions in one form."""
         forms = [tuple(form for form in REGION_FORMS if sample.get(form) is not None) for sample in samples]
-        for sample, form in zip(samples, forms, strict=True):
-            if "image" not in sample or len(form) != 1:
+        for sample, given in zip(samples, forms, strict=True):
+            if "image" not in sample or len(given) != 1:
                 known = [key for key in sample if key in SAMPLE_KEYS]
                 raise ValueError(f"a sample needs 'image' and one of {REGION_FORMS}, got {known}")
         if len(set(forms)) > 1:

@@ -316,7 +316,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if len(tiles) > 1:
             thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
             tiles = np.concatenate((tiles, thumbnail[None]))
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
         normalised = (tiles.astype(np.float32) / 255.0 - mean) / std
         return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)), grid
 
@@ -389,7 +389,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"answer {index} has {len(ids)} tokens, accepted are 1 to {num_slots}: {answer[:80]!r}"
                 )
-            ids = (ids + [end])[:num_slots]
+            ids = [*ids, end][:num_slots]
             targets[index, : len(ids)] = torch.tensor(ids)
         return targets
 

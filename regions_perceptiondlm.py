@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+
 try:
     from pycocotools import mask as coco_mask
 except ImportError:

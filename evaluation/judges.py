@@ -25,6 +25,7 @@ from typing import Any
 from perceptiondlm.evaluation.scoring import LETTERS, JudgeRequest
 from perceptiondlm.training.scene_objects import CATEGORIES, COLORS, PATTERNS, SIZES
 
+
 ATTRIBUTES: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "pattern": PATTERNS, "size": SIZES}
 _ATTRIBUTE_OF = {value: attribute for attribute, values in ATTRIBUTES.items() for value in values}
 

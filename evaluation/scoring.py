@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
 
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,12 @@ from perceptiondlm.evaluation.scoring import (
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "paradlc"
 
-POSITIVE = {
+POSITIVE: dict[str, Any] = {
     "question": "Which of the following is applicable to the description?",
     "choices": [["It is red.", 1], ["It is not mentioned.", 0], ["It is not red.", -1], ["No color is given.", 0.5]],
     "type": "positive",
 }
-NEGATIVE = {
+NEGATIVE: dict[str, Any] = {
     "question": "Which of the following is applicable to the description?",
     "choices": [["The door is mentioned.", -1], ["The door is not mentioned.", 1]],
     "type": "negative",
@@ -90,7 +91,13 @@ def test_without_any_negative_question_there_is_no_average():
 
 
 def test_subtypes_and_attributes():
-    color = {"kind": "attribute", "attribute": "color", "category": "house", "part": None, "value": "red"}
+    color: dict[str, Any] = {
+        "kind": "attribute",
+        "attribute": "color",
+        "category": "house",
+        "part": None,
+        "value": "red",
+    }
     questions = {
         "1_0": [
             {**POSITIVE, "query": color},
@@ -187,7 +194,7 @@ def test_missing_inputs_are_found_before_judging(captions, questions, class_name
 def test_other_errors():
     questions, class_names = {"1_0": [POSITIVE]}, {"1_0": "car"}
     with pytest.raises(TypeError, match="'1_0' is a NoneType"):
-        score_captions({"1_0": None}, questions, class_names, ScriptedJudge())  # type: ignore[dict-item]
+        score_captions({"1_0": None}, questions, class_names, ScriptedJudge())
     with pytest.raises(ValueError, match="1 answers to 2 requests"):
         score_captions({"1_0": ""}, questions, class_names, lambda requests: ["A"])
     with pytest.raises(TypeError, match="answer for region '1_0' is a int"):

@@ -44,10 +44,9 @@ def export(
     folder: str | Path,
     dtype: torch.dtype,
 ) -> None:
-    """Save a self-contained checkpoint with weights stored as `dtype`; the model itself keeps its dtype."""
+    """Save a self-contained checkpoint. Weights are stored as `dtype`, but load in the model's own dtype by default."""
     register_auto_classes()
     prepare_config(model.config)
-    own = model.dtype
-    model.to(dtype).save_pretrained(folder)
-    model.to(own)
+    stored = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=stored)
     processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Run configuration: a YAML file into typed dataclasses, with `section.key=value` overrides; unknown keys are refused."""
+"""Run configuration: a YAML file into typed dataclasses, `section.key=value` overrides; unknown keys are refused."""
 
 import dataclasses
 import types
@@ -110,7 +110,7 @@ def _is_required(item: dataclasses.Field) -> bool:
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a section, got {value!r}")
         return _build(hint, value, name + ".")

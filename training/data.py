@@ -63,8 +63,8 @@ def stratified_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask probabilities p and uniform draws u for `copies` noised copies of each answer.
 
-    Variance reduction, both unbiased in t: t is stratified over the answers of a sample, and of two copies the second is
-    antithetic (p' = 1 - p, u' = 1 - u), so that together they mask every token exactly once.
+    Variance reduction, both unbiased in t: t is stratified over the answers of a sample, and of two copies the second
+    is antithetic (p' = 1 - p, u' = 1 - u), so that together they mask every token exactly once.
 
     Returns:
         p (num_answers * copies, 1) and u (num_answers * copies, num_slots), the copies of an answer adjacent.
@@ -82,7 +82,7 @@ def stratified_noise(
 
 @dataclass
 class AnswerCollator:
-    """Samples to a batch for the model's `forward`: the processor's tensors, `labels`, `mask_probability`, `answer_noise`.
+    """Samples to a batch for `forward`: the processor's tensors, `labels`, `mask_probability`, `answer_noise`.
 
     Args:
         processor: the only preprocessing path there is.

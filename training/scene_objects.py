@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+
 Point = tuple[int, int]
 T = TypeVar("T")
 

@@ -41,6 +41,7 @@ from perceptiondlm.training.scene_objects import (
     render,
 )
 
+
 __all__ = [
     "CATEGORIES",
     "COLORS",

@@ -76,8 +76,8 @@ def sample_lengths(dataset: SceneDataset, processor: PerceptionDLMProcessor, col
     """Tokens of every sample, answers included. Scenes are drawn once for this, so the result is kept on disk."""
     workers = max(1, (os.cpu_count() or 2))
     with ProcessPoolExecutor(workers) as pool:
-        shapes = pool.map(dataset.shape, range(len(dataset)), chunksize=64)
-        shapes = list(tqdm(shapes, total=len(dataset), desc="measuring scenes"))
+        results = pool.map(dataset.shape, range(len(dataset)), chunksize=64)
+        shapes = list(tqdm(results, total=len(dataset), desc="measuring scenes"))
     answer = collator.num_slots * collator.noise_copies
     return [processor.prompt_length(size, regions) + max(regions, 1) * answer for size, regions in shapes]
 

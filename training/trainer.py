@@ -36,7 +36,8 @@ class LengthGroupedBatches(Sampler[int]):
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(62))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.pool * self.batch_size
-        full, rest = [], []
+        full: list[list[int]] = []
+        rest: list[list[int]] = []
         for start in range(0, len(order), size):
             pool = sorted(order[start : start + size], key=lambda index: self.lengths[index])
             batches = [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]

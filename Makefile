@@ -1,0 +1,37 @@
+# make demo      caption the regions of a sample image with the embedded model
+# make test      the whole test suite
+# make lint      formatting, lint and types
+# make default   train the embedded model again and put it into the repository root
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint default clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --out outputs/demo.png --json outputs/demo.json
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# mypy needs the package under its name: a link stands in for the folder above the clone.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/perceptiondlm
+	cd build/types && MYPYPATH=. "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml \
+		-p perceptiondlm.training -p perceptiondlm.evaluation -p perceptiondlm.scripts \
+		-m perceptiondlm.modeling_perceptiondlm -m perceptiondlm.processing_perceptiondlm \
+		-m perceptiondlm.pipeline_perceptiondlm
+
+default: $(INSTALLED)
+	$(BIN)/accelerate launch training/train.py training/configs/scenes.yaml export_dir=.
+
+clean:
+	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,32 @@
+"""The `perceptiondlm` command."""
+
+import argparse
+import sys
+from types import ModuleType
+
+from perceptiondlm.scripts import caption, evaluate
+
+
+COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "caption": (caption, "caption regions of images"),
+    "evaluate": (evaluate, "score a model on a benchmark"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; wrong input ends with one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="perceptiondlm", description="Caption every region of an image at once.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    options = parser.parse_args(arguments)
+    try:
+        COMMANDS[options.command][0].run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"perceptiondlm {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

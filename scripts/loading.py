@@ -1,0 +1,48 @@
+"""What the subcommands share: which model, on which device, with which generate settings."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Pipeline, pipeline
+from transformers.utils import logging as transformers_logging
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS = ("steps", "max_new_tokens", "block_length", "sampler", "temperature", "top_k", "top_p", "seed")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """`--model`, `--device`, `--dtype` and the generate settings."""
+    parser.add_argument("--model", help="directory or Hub id; by default the model embedded in the repository")
+    parser.add_argument("--device", help="such as cuda:0; by default an accelerator if there is one")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16; by default the checkpoint's")
+    for name in SETTINGS:
+        if name == "seed" and not seed:
+            continue
+        kind: Any = str if name == "sampler" else float if name in ("temperature", "top_p") else int
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="see PerceptionDLMGenerationConfig")
+
+
+def generate_settings(options: argparse.Namespace, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The generate settings that were given."""
+    values = {name: getattr(options, name, None) for name in SETTINGS if name not in leave_out}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """The region-captioning pipeline of the chosen model."""
+    model = options.model
+    if model is None:
+        if not (REPOSITORY / "config.json").is_file():
+            raise ValueError("no embedded model beside the installed package: choose one with --model")
+        model = str(REPOSITORY)
+    elif Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"--model {model} is not a model directory: it has no config.json")
+    if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be a torch dtype such as float32 or bfloat16, got {options.dtype!r}")
+    transformers_logging.disable_progress_bar()
+    return pipeline(
+        "region-captioning", model=model, trust_remote_code=True, device=options.device, dtype=options.dtype
+    )
