@@ -29,8 +29,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, defaults to 32): slots per answer.
         steps (`int`, defaults to 32): denoising steps per answer, shared evenly by its blocks. A step commits at least
             one token, so more steps than slots are not run.
-        block_length (`int`, *optional*): slots are finished in blocks of this many, left to right (semi-autoregressive);
-            by default one block. Must divide `max_new_tokens`.
+        block_length (`int`, *optional*): slots are finished in blocks of this many, left to right
+            (semi-autoregressive); by default one block. Must divide `max_new_tokens`.
         sampler (`str`): which slots a step commits. `"low_confidence"`: those whose token is most probable (LLaDA's
             low-confidence remasking), `"random"`, or `"left_to_right"`.
         temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
@@ -87,8 +87,11 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if self.seed is not None and type(self.seed) is not int:
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        ids = [] if self.suppress_tokens is None else self.suppress_tokens
+        if not isinstance(ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"suppress_tokens must be a list of token ids, got {self.suppress_tokens!r}")
 
     @property
     def num_blocks(self) -> int:
@@ -218,7 +221,7 @@ class Canvas:
 
 
 class PerceptionDLMGenerationMixin:
-    """Adds masked-diffusion `generate` to a model with `embed_prompt`, `lay_out_answers`, `prefill`, `score_answers`."""
+    """Adds masked-diffusion `generate` to a model that can embed a prompt, lay out answers and score their slots."""
 
     config: Any
     device: torch.device
@@ -254,6 +257,8 @@ class PerceptionDLMGenerationMixin:
             ValueError: for unknown keywords, settings out of range, or inputs that do not fit together.
         """
         settings, inputs = self._settings_and_inputs(generation_config, kwargs)
+        if streamer is not None and not hasattr(streamer, "put_draft"):
+            raise TypeError(f"streamer must have put_draft(ids) and end(), got {type(streamer).__name__}")
         generator = generator or self._seeded(settings)
         # 1. condition
         prompt = self.embed_prompt(input_ids, **inputs)
@@ -298,13 +303,23 @@ class PerceptionDLMGenerationMixin:
         """Split keywords into settings and prompt tensors; anything else is an error."""
         base = generation_config if generation_config is not None else self.generation_config
         fields = PerceptionDLMGenerationConfig.fields()
+        if not all(hasattr(base, name) for name in fields):
+            raise TypeError(f"generation_config must be a PerceptionDLMGenerationConfig, got {type(base).__name__}")
         prompt_names = set(inspect.signature(self.embed_prompt).parameters)
         unknown = sorted(set(kwargs) - set(fields) - prompt_names)
         if unknown:
             raise ValueError(f"unknown generate keywords {unknown}, known are {sorted({*fields, *prompt_names})}")
         values = {name: getattr(base, name) for name in fields} | {k: v for k, v in kwargs.items() if k in fields}
         inputs = {name: value for name, value in kwargs.items() if name in prompt_names}
-        return PerceptionDLMGenerationConfig(**values), inputs
+        settings = PerceptionDLMGenerationConfig(**values)
+        vocabulary = self.config.text_config.vocab_size
+        suppressed = set(settings.suppress_tokens or ())
+        if suppressed and (max(suppressed) >= vocabulary or len(suppressed) == vocabulary):
+            raise ValueError(
+                f"suppress_tokens must be ids below {vocabulary} and leave at least one token, got "
+                f"{len(suppressed)} ids up to {max(suppressed)}"
+            )
+        return settings, inputs
 
     def _seeded(self, settings: PerceptionDLMGenerationConfig) -> torch.Generator | None:
         if settings.seed is None:

@@ -464,31 +464,54 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         """Embed the text, put image features and RoI tokens in their places."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if (token_roles is None) != (region_ids is None):
+            raise ValueError("token_roles and region_ids describe the same tokens: give both or neither")
         token_roles = torch.zeros_like(input_ids) if token_roles is None else token_roles
         region_ids = torch.full_like(input_ids, -1) if region_ids is None else region_ids
         num_regions = input_ids.new_zeros(len(input_ids)) if num_regions is None else num_regions
         roles = TokenRoles.of_prompt(token_roles.masked_fill(attention_mask == 0, PAD), region_ids)
+        self._check_inputs(input_ids, pixel_values, tile_grids)
+        if region_boxes is not None or num_regions.any():
+            images = (pixel_values, tile_grids, image_sizes)
+            self._check_regions(num_regions, images, region_boxes, region_coverage, prompt_coverage)
         embeds = self.get_input_embeddings()(input_ids)
-        self._check_inputs(pixel_values, region_boxes, region_coverage, prompt_coverage)
+        tiles_TnnD = regions_RbD = embeds[:0]
         if pixel_values is not None:
             tiles_TnnD = self.encode_tiles(pixel_values, prompt_coverage)
-            embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
-            if self.config.use_roi_replay and region_boxes is not None:
-                regions_RbD = self.replay_regions(
-                    tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage
-                )
-                embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
+        if self.config.use_roi_replay and region_boxes is not None:
+            regions_RbD = self.replay_regions(
+                tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage
+            )
+        embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
+        embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
         return Prompt(embeds, roles, num_regions)
 
-    def _check_inputs(self, pixel_values, region_boxes, region_coverage, prompt_coverage) -> None:
-        """Refuse inputs made by a processor whose sizes or switches are not this model's."""
-        config, side = self.config, self.config.vision_config.image_size
-        if pixel_values is not None and tuple(pixel_values.shape[1:]) != (3, side, side):
+    def _check_inputs(self, input_ids, pixel_values, tile_grids) -> None:
+        """Refuse text and tiles made by a processor whose tokenizer or sizes are not this model's."""
+        side, vocabulary = self.config.vision_config.image_size, self.config.text_config.vocab_size
+        if not 0 <= int(input_ids.min()) <= (largest := int(input_ids.max())) < vocabulary:
+            raise ValueError(f"input_ids hold {largest}, the model's vocabulary has {vocabulary} tokens")
+        if pixel_values is None:
+            return
+        if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
                 f"pixel_values are {tuple(pixel_values.shape)}, this model takes (tiles, 3, {side}, {side})"
             )
-        if region_boxes is None:
-            return
+        tiles = len(pixel_values) if tile_grids is None else sum(num_tiles(grid) for grid in tile_grids.tolist())
+        if tiles != len(pixel_values):
+            raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, tile_grids describe {tiles}")
+
+    def _check_regions(self, num_regions, images, region_boxes, region_coverage, prompt_coverage) -> None:
+        """Refuse regions that are incomplete, or made by a processor whose switches are not this model's."""
+        config, (pixel_values, tile_grids, image_sizes) = self.config, images
+        if any(tensor is None for tensor in images):
+            raise ValueError("regions need pixel_values, tile_grids and image_sizes of their images")
+        counted, boxes = int(num_regions.sum()), 0 if region_boxes is None else len(region_boxes)
+        if boxes != counted or len(tile_grids) != len(image_sizes):
+            raise ValueError(
+                f"num_regions counts {counted} regions, region_boxes holds {boxes}; there are {len(tile_grids)} "
+                f"tile_grids and {len(image_sizes)} image_sizes"
+            )
         if config.region_conditioning == "replay":
             name, given, cells = (
                 "region_coverage",
@@ -547,9 +570,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
         return layout
 
-    def score_answers(
-        self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None
-    ) -> torch.Tensor:
+    def score_answers(self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None) -> torch.Tensor:
         """Logits (A, G, V) for slots (A, G); with a cache filled by `prefill`, only the answers' tokens are run."""
         name = self.config.attention_layout
         answers_BXD = self.get_input_embeddings()(layout.token_ids(answer_ids))
@@ -563,8 +584,13 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         hidden = self._run(embeds, queries, keys, positions, cache)
         return self.lm_head(layout.slots(hidden[:, -answers_BXD.shape[1] :]))
 
-    def prefill(self, prompt: Prompt, layout: AnswerLayout) -> PrefixCache:
-        """Run the prompt once and keep its keys and values; exact only in the isolated layout."""
+    def prefill(self, prompt: Prompt, layout: AnswerLayout) -> PrefixCache | None:
+        """Run the prompt once and keep its keys and values; exact only in the isolated layout.
+
+        None while training with gradient checkpointing: transformers gives no cache to checkpointed layers.
+        """
+        if self.training and self.language_model.layers[0].gradient_checkpointing:
+            return None
         cache = PrefixCache(self.config.text_config.num_hidden_layers, layout.num_blocks * layout.width)
         positions = prompt_positions(prompt.roles, self.config.attention_layout)
         self._run(prompt.embeds, prompt.roles, prompt.roles, positions, cache)

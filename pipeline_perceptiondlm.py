@@ -6,7 +6,7 @@
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers import Pipeline
@@ -15,13 +15,13 @@ from transformers.image_utils import is_valid_image
 
 REGION_FORMS = ("masks", "boxes", "label_map")
 SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
-PROCESSOR_KEYS = ("max_regions_per_pass",)
+PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles")
 
 
 class RegionCaptioningPipeline(Pipeline):
     """Captions regions of images with a [`PerceptionDLMForConditionalGeneration`].
 
-    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, and every setting of
+    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, and every setting of
     [`PerceptionDLMGenerationConfig`], such as `steps`, `max_new_tokens`, `temperature`, `seed`.
     """
 
@@ -50,12 +50,16 @@ class RegionCaptioningPipeline(Pipeline):
         params = ({**self._preprocess_params, **preprocess_params}, {**self._forward_params, **forward_params})
         regions = {"masks": masks, "boxes": boxes, "label_map": label_map}
         given = {name: value for name, value in (("text", text), *regions.items()) if value is not None}
-        size = batch_size or self._batch_size or 1
+        size = next((value for value in (batch_size, self._batch_size) if value is not None), 1)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {size!r}")
         if isinstance(images, dict) or self._is_image(images):
             sample = images if isinstance(images, dict) else {"image": images}
             return next(self._run([{**sample, **given}], 1, *params))
         if isinstance(images, (list, tuple)):
             return list(self._run(self._samples(images, given), size, *params))
+        if not (isinstance(images, Iterable) or hasattr(images, "__getitem__")) or isinstance(images, bytes):
+            raise TypeError(f"images is a {type(images).__name__}; accepted: an image, a list, generator or dataset")
         if given:
             raise ValueError(f"a dataset's samples carry their own regions: leave out {sorted(given)}")
         return self._run(images, size, *params)
@@ -92,6 +96,9 @@ class RegionCaptioningPipeline(Pipeline):
 
     def preprocess(self, samples: list[dict[str, Any]], **processor_kwargs: Any) -> dict[str, Any]:
         """Samples to model inputs; all samples of a batch give their regions in one form."""
+        for sample in samples:
+            if not isinstance(sample, Mapping):
+                raise TypeError(f"a sample is a {type(sample).__name__}; accepted: a dict with {SAMPLE_KEYS}")
         forms = [tuple(form for form in REGION_FORMS if sample.get(form) is not None) for sample in samples]
         for sample, given in zip(samples, forms, strict=True):
             if "image" not in sample or len(given) != 1:
@@ -113,6 +120,11 @@ class RegionCaptioningPipeline(Pipeline):
             "output": self.model.generate(**model_inputs, **generate_kwargs),
             "boxes": model_inputs["region_boxes"],
         }
+
+    def save_pretrained(self, save_directory, **kwargs: Any) -> None:
+        """Save model, processor and code; the base class would leave the processor out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[list[dict[str, Any]]]:
         """Model outputs to a list per image of `{"caption", "score", "box"}`."""

@@ -137,6 +137,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         boxes: Any = None,
         label_map: Any = None,
         max_regions_per_pass: int | None = None,
+        max_tiles: int | None = None,
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -149,14 +150,15 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 or a prompt rendered by `apply_chat_template` (one, or one per sample).
             masks, boxes, label_map: the regions, in any form of `region_masks`; one of the three. For a list of images,
                 a list with the regions of each.
-            max_regions_per_pass: overrides the processor's.
+            max_regions_per_pass, max_tiles: override the processor's.
             return_tensors: only "pt".
         Returns:
             `BatchFeature` with the keys listed at the top of this file.
         Raises:
             ValueError, TypeError: naming what was wrong and what is accepted.
         """
-        unknown = sorted(set(kwargs) - {"padding", "add_special_tokens"})
+        absent = {name for name in ("videos", "audio") if kwargs.get(name) is None}  # named by apply_chat_template
+        unknown = sorted(set(kwargs) - {"padding", "add_special_tokens"} - absent)
         if unknown:
             raise TypeError(f"unknown processor keywords {unknown}")
         if return_tensors != "pt":
@@ -166,21 +168,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if len(given) > 1:
             raise ValueError(f"give regions in one form, got {given}")
         if given:
-            rows = self.region_rows(images, text, given[0], regions[given[0]], max_regions_per_pass)
+            rows = self.region_rows(images, text, given[0], regions[given[0]], max_regions_per_pass, max_tiles)
         elif text is None:
             raise ValueError("nothing to do: give regions (masks, boxes or label_map) to caption, or text to answer")
         else:
-            rows = self.text_rows(images, text)
+            rows = self.text_rows(images, text, max_tiles)
         return self.collate(rows)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
-    def region_rows(self, images, text, form: str, regions, max_regions_per_pass=None) -> list[dict]:
+    def region_rows(self, images, text, form: str, regions, max_regions_per_pass=None, max_tiles=None) -> list[dict]:
         """One row per pass of every image."""
         if images is None:
             raise ValueError(f"{form} were given without an image")
         batched = isinstance(images, (list, tuple))
         images = list(images) if batched else [images]
+        if not images:
+            raise ValueError("images is an empty list; accepted: at least one image")
         regions = list(regions) if batched and isinstance(regions, (list, tuple)) else [regions]
         if len(regions) != len(images):
             raise ValueError(f"{len(images)} images need {len(images)} entries of {form}, got {len(regions)}")
@@ -191,7 +195,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             image = load_image(image, name=f"image{suffix}")
             size = (image.height, image.width)
             masks = region_masks(size, **{form: region}, name=f"{form}{suffix}")
-            tiles, grid = self.tile(image)
+            tiles, grid = self.tile(image, max_tiles)
             before, after = self._region_prompt(question)
             for group in self._groups(len(masks), max_regions_per_pass):
                 row = {"sample_id": index, "tiles": tiles, "grids": [grid], "sizes": [size]}
@@ -200,21 +204,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 rows.append(row)
         return rows
 
-    def text_rows(self, images, text) -> list[dict]:
+    def text_rows(self, images, text, max_tiles=None) -> list[dict]:
         """One row per text; each may have several images."""
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = self._texts(text, 1)
         if images is None:
             images = [[] for _ in texts]
         elif not isinstance(images, (list, tuple)):
             images = [[images]]
         elif not any(isinstance(entry, (list, tuple)) for entry in images):
             images = [list(images)] if len(texts) == 1 else [[image] for image in images]
+        else:
+            images = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
             loaded = [load_image(image, name=f"images[{index}][{i}]") for i, image in enumerate(group)]
-            tiled = [self.tile(image) for image in loaded]
+            tiled = [self.tile(image, max_tiles) for image in loaded]
             grids = [grid for _, grid in tiled]
             ids = self._expand_images(self._tokenize(self._wrap(prompt, len(loaded))), grids, f"text[{index}]")
             rows.append(
@@ -234,16 +240,29 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def _groups(self, count: int, limit: int | None) -> list[slice]:
         """Split `count` regions into passes, in order."""
         limit = limit if limit is not None else self.max_regions_per_pass
-        if limit is not None and limit < 1:
-            raise ValueError(f"max_regions_per_pass must be at least 1, got {limit}")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"max_regions_per_pass must be an integer of at least 1, got {limit!r}")
         if self.region_conditioning == "vision":
             limit = min(limit or self.num_region_prompts, self.num_region_prompts)
         step = limit or count
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     @staticmethod
-    def _per_sample(text, count: int) -> list[str]:
-        texts = [text] * count if isinstance(text, str) else list(text)
+    def _texts(text, count: int) -> list[str]:
+        """A list of texts, one text repeated `count` times; anything else is refused by its place."""
+        if isinstance(text, str):
+            return [text] * count
+        if not isinstance(text, Sequence) or isinstance(text, bytes):
+            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        for index, item in enumerate(text):
+            if not isinstance(item, str):
+                raise TypeError(f"text must be a string or a list of strings, text[{index}] is {type(item).__name__}")
+        if not text:
+            raise ValueError("text is an empty list; accepted: at least one text")
+        return list(text)
+
+    def _per_sample(self, text, count: int) -> list[str]:
+        texts = self._texts(text, count)
         if len(texts) != count:
             raise ValueError(f"{count} images need one text or {count}, got {len(texts)}")
         return texts
@@ -281,8 +300,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _wrap(self, text: str, num_images: int) -> str:
         """Put a bare question into a user turn behind its images; a rendered prompt stays as it is."""
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
         if START_HEADER in text:
             return text
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
@@ -307,10 +324,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     # --- images and regions ---------------------------------------------------------------------------------------
 
-    def tile(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+    def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
         side = self.tile_size
-        columns, rows = grid = best_grid(image.width, image.height, side, self.max_tiles)
+        columns, rows = grid = best_grid(
+            image.width, image.height, side, self.max_tiles if max_tiles is None else max_tiles
+        )
         pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
         tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         if len(tiles) > 1:
@@ -433,6 +452,8 @@ def best_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[
 
     A tie goes to the larger grid when the image's area exceeds half of that grid's.
     """
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles must be at least 1, got {max_tiles}")
     cells = range(1, max_tiles + 1)
     grids = sorted(((c, r) for c in cells for r in cells if c * r <= max_tiles), key=lambda grid: grid[0] * grid[1])
     best, smallest = (1, 1), float("inf")

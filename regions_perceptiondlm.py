@@ -288,6 +288,8 @@ def _split_masks(masks: Any) -> Sequence[Any] | np.ndarray:
     if isinstance(masks, Mapping):
         return _split_masks(masks["masks"]) if "masks" in masks else [masks]
     array = _as_array(masks)
+    if array is not None and array.dtype == object:  # datasets in numpy format
+        return _split_masks(array.tolist())
     if array is not None:
         array = array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array
         return array if array.ndim == 3 else [array]
@@ -366,7 +368,8 @@ def _mask_from_rle(region: Mapping, size_HW: tuple[int, int], name: str) -> np.n
     height, width = size_HW
     _check_size(np.ravel(region.get("size", ())).tolist(), size_HW, f"{name} (RLE size)")
     counts = region["counts"]
-    runs = np.asarray(_decode_counts(counts, name) if isinstance(counts, (str, bytes)) else counts)
+    counts = _decode_counts(counts, name) if isinstance(counts, (str, bytes)) else counts
+    runs = np.asarray(counts) if _is_numbers(counts) else np.asarray(counts, dtype=object)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
         total = runs.sum() if runs.dtype.kind in "iu" else "none"
         accepted = f"str, bytes or integers >= 0 with sum {height} x {width} = {height * width}"

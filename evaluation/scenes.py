@@ -63,9 +63,7 @@ def evaluate_scenes(
         return score_captions(texts, questions, class_names, SceneJudge())
 
     result = score(captions)
-    constant = score(
-        constant_captions(list(references), max(references.values(), key=list(references.values()).count))
-    )
+    constant = score(constant_captions(list(references), max(references.values(), key=list(references.values()).count)))
     return {
         "dataset": "scenes",
         "seed": seed,

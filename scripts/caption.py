@@ -26,12 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--masks",
         nargs="+",
         type=Path,
-        help="one image: mask pictures, a .npy/.npz array (N, H, W), or a .json with RLEs, polygons or COCO annotations;"
-        " several images: one such file for each",
+        help="one image: mask pictures, an array (.npy, .npz), or a .json with RLEs, polygons or COCO annotations; "
+        "several images: one such file for each",
     )
-    regions.add_argument(
-        "--boxes", nargs="+", help="x0,y0,x1,y1 in pixels; for several images one .json file for each"
-    )
+    regions.add_argument("--boxes", nargs="+", help="x0,y0,x1,y1 in pixels; for several images one .json file for each")
     regions.add_argument("--label-map", nargs="+", type=Path, help="one integer label map per image (.png or .npy)")
     parser.add_argument("--question", help="asked instead of 'Describe each masked region in detail.'")
     parser.add_argument("--out", type=Path, help="annotated picture; for several images a directory")

@@ -2,13 +2,10 @@
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
+from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline
 
@@ -41,19 +38,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the figures were measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": str(device),
-        "hardware": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def table(report: dict[str, Any]) -> str:

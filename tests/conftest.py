@@ -12,6 +12,7 @@ from perceptiondlm.training.scenes import draw_scene
 from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
 from perceptiondlm.training.train import build_config
 
+
 TINY_VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,

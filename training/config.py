@@ -20,11 +20,14 @@ class TokenizerConfig:
 
 @dataclass
 class DataConfig:
-    """Drawn scenes to train on: seed of the world, how many, and the share asked about the whole image, in [0, 1]."""
+    """Drawn scenes to train on: seed of the world, how many, the share asked about the whole image, in [0, 1], and the
+    epochs at the start that see every image as a single tile (fewer tokens to look at, so attention to the region is
+    found sooner, and steps are shorter)."""
 
     seed: int = 1
     num_images: int = 20000
     conversation_share: float = 0.1
+    coarse_epochs: int = 0
 
 
 @dataclass

@@ -23,23 +23,25 @@ class SceneDataset(Dataset):
         num_images: length of the dataset.
         conversation_share: share of scenes that are asked a question about the whole image instead of being captioned
             region by region, in [0, 1].
+        coarse_epochs: epochs at the start in which every image is a single tile.
     """
 
-    def __init__(self, seed: int, num_images: int, conversation_share: float = 0.0):
+    def __init__(self, seed: int, num_images: int, conversation_share: float = 0.0, coarse_epochs: int = 0):
         self.seed, self.num_images, self.conversation_share = seed, num_images, conversation_share
-        self.epoch = 0
+        self.coarse_epochs, self.epoch = coarse_epochs, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer; the epoch is part of every sample's noise seed."""
+        """Called by the sampler; the epoch is part of every sample's noise seed."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`{"image", "noise_seed"}` with either `"masks", "captions"` or `"question", "answer"`."""
+        """`{"image", "noise_seed", "max_tiles"}` with either `"masks", "captions"` or `"question", "answer"`."""
         scene = draw_scene(self.seed, index)
         sample: dict[str, Any] = {"image": scene.image, "noise_seed": f"{self.epoch}/{self.seed}/{index}"}
+        sample["max_tiles"] = 1 if self.epoch < self.coarse_epochs else None
         if self._is_conversation(index):
             dice = random.Random(f"question/{self.epoch}/{self.seed}/{index}")
             turns = scene_conversation(scene)
@@ -58,9 +60,7 @@ class SceneDataset(Dataset):
         return random.Random(f"sample/{self.seed}/{index}").random() < self.conversation_share
 
 
-def stratified_noise(
-    num_answers: int, num_slots: int, copies: int, seed: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stratified_noise(num_answers: int, num_slots: int, copies: int, seed: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask probabilities p and uniform draws u for `copies` noised copies of each answer.
 
     Variance reduction, both unbiased in t: t is stratified over the answers of a sample, and of two copies the second
@@ -98,10 +98,12 @@ class AnswerCollator:
         rows, labels, probabilities, draws = [], [], [], []
         for sample in samples:
             if "captions" in sample:
-                rows += self.processor.region_rows(sample["image"], None, "masks", sample["masks"])
+                rows += self.processor.region_rows(
+                    sample["image"], None, "masks", sample["masks"], max_tiles=sample["max_tiles"]
+                )
                 answers = sample["captions"]
             else:
-                rows += self.processor.text_rows(sample["image"], sample["question"])
+                rows += self.processor.text_rows(sample["image"], sample["question"], max_tiles=sample["max_tiles"])
                 answers = [sample["answer"]]
             targets = self.processor.encode_answers(answers, self.num_slots)
             labels.append(targets.repeat_interleave(self.noise_copies, dim=0))

@@ -327,9 +327,7 @@ def _rocket(dice: Dice) -> list[Shape]:
         ),
         _polygon("fins", (left + 20, 560), (left - span, 780), (left - span, 960), (left + 20, 860)),
         _polygon("fins", (right - 20, 560), (right + span, 780), (right + span, 960), (right - 20, 860)),
-        _polygon(
-            BODY, (left, 290), (right, 290), (right, 800), (right - 50, 900), (left + 50, 900), (left, 800)
-        ),
+        _polygon(BODY, (left, 290), (right, 290), (right, 800), (right - 50, 900), (left + 50, 900), (left, 800)),
         _dome("nose", left - 10, dice.integer(0, 40), right + 10, 310),
         _disc("window", 400, 510, porthole),
     ]
@@ -498,9 +496,7 @@ def pattern_pixels(pattern: str, height: int, width: int, period: int, style: in
     raise ValueError(f"unknown pattern {pattern!r}, expected one of {PATTERNS}")
 
 
-def paint(
-    sprite: Sprite, color: str, pattern: str, part_colors: dict[str, str], period: int, style: int
-) -> np.ndarray:
+def paint(sprite: Sprite, color: str, pattern: str, part_colors: dict[str, str], period: int, style: int) -> np.ndarray:
     """(h, w, 3) uint8: the sprite's colours, pattern and dark outlines (pixels outside it are arbitrary)."""
     labels = sprite.labels
     height, width = labels.shape

@@ -382,9 +382,7 @@ def _negative_part_questions(item: SceneObject) -> list[dict[str, Any]]:
     ]
 
 
-def _salient_negative_questions(
-    item: SceneObject, others: Sequence[SceneObject], dice: Dice
-) -> list[dict[str, Any]]:
+def _salient_negative_questions(item: SceneObject, others: Sequence[SceneObject], dice: Dice) -> list[dict[str, Any]]:
     """Up to three: a neighbour's category, a twin's attribute, a neighbour's part; none true of `item`."""
     own = item.category
     names = [part.name for part in CATEGORIES[own]]

@@ -7,6 +7,7 @@ newest checkpoint of an interrupted run.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import (
@@ -33,6 +35,7 @@ from perceptiondlm.processing_perceptiondlm import (
 from perceptiondlm.training.checkpoint import export, prepare_config, register_auto_classes
 from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.data import AnswerCollator, SceneDataset
+from perceptiondlm.training.plot import plot_log
 from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
 from perceptiondlm.training.trainer import PerceptionDLMTrainer, SceneEvaluation
 
@@ -100,7 +103,7 @@ def train(run: RunConfig) -> Path:
     register_auto_classes()
     model, processor = build_model(run)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
-    dataset = SceneDataset(run.data.seed, run.data.num_images, run.data.conversation_share)
+    dataset = SceneDataset(run.data.seed, run.data.num_images, run.data.conversation_share, run.data.coarse_epochs)
     collator = AnswerCollator(processor, run.loss.num_slots, run.loss.noise_copies)
     trainer = PerceptionDLMTrainer(
         model=model,
@@ -116,10 +119,16 @@ def train(run: RunConfig) -> Path:
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        export(model, processor, run.export_dir, getattr(torch, run.export_dtype))
-        log = {"config": run.__dict__, "log": trainer.state.log_history}
-        Path(run.export_dir, "training_log.json").write_text(json.dumps(log, indent=1, default=vars) + "\n")
+        finish(run, model, processor, trainer.state.log_history)
     return Path(run.export_dir)
+
+
+def finish(run: RunConfig, model, processor, log_history: list[dict]) -> None:
+    """Write the finished checkpoint with its log and curve."""
+    export(model, processor, run.export_dir, getattr(torch, run.export_dtype))
+    content = {"config": dataclasses.asdict(run), "environment": environment(), "log": log_history}
+    Path(run.export_dir, "training_log.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot_log(log_history, Path(run.export_dir, "training_curve.png"))
 
 
 def main() -> None:
@@ -129,7 +138,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, values in YAML syntax")
     options = parser.parse_args()
     run = load_run_config(options.config, options.overrides)
-    print(json.dumps(run.__dict__, indent=1, default=vars))
+    print(json.dumps(dataclasses.asdict(run), indent=1))
     print(f"checkpoint written to {train(run)}")
 
 

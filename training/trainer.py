@@ -9,28 +9,32 @@ from transformers import Trainer, TrainerCallback
 
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.training.config import EvaluationConfig
+from perceptiondlm.training.data import SceneDataset
 
 
 class LengthGroupedBatches(Sampler[int]):
     """Indices in an order whose consecutive batches hold samples of similar length, batches themselves shuffled.
 
     Args:
+        dataset: told the epoch through its `set_epoch`, because accelerate tells the sampler only.
         lengths: of every sample, in any unit.
         batch_size: samples per batch.
         seed: with the epoch, decides the order.
         pool: batches that are sorted together.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 50):
-        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
+    def __init__(self, dataset: SceneDataset, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 50):
+        self.dataset, self.lengths = dataset, lengths
+        self.batch_size, self.seed, self.pool = batch_size, seed, pool
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before every epoch."""
+        """Called before every epoch."""
         self.epoch = epoch
+        self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(62))
@@ -63,7 +67,7 @@ class PerceptionDLMTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedBatches(self.lengths, self.args.train_batch_size, self.args.seed)
+        return LengthGroupedBatches(self.train_dataset, self.lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2."""
