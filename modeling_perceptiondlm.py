@@ -8,12 +8,13 @@ A answers (caption blocks, all rows), G slots per answer, M answers per row (pad
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
@@ -379,6 +380,18 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             layer.requires_grad_(False)  # never run
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights as in transformers, but what a region adds to its RoI features starts at their scale.
+
+        Coverage and geometry have few inputs: at the deviation of the other layers they would start an order of
+        magnitude below the image features they are added to, and be learned late.
+        """
+        super()._init_weights(module)
+        if any(module is layer for layer in self.region_replay.children()):
+            std = module.in_features**-0.5 if isinstance(module, nn.Linear) else module.num_embeddings**-0.5
+            init.normal_(module.weight, std=std)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
@@ -401,16 +414,17 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         region_boxes: torch.Tensor | None = None,
         region_coverage: torch.Tensor | None = None,
         prompt_coverage: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
         answer_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mask_probability: torch.Tensor | None = None,
         answer_noise: torch.Tensor | None = None,
         loss_weighting: str = "elbo",
-        **_kwargs: Any,
     ) -> PerceptionDLMOutput:
         """Score the slots of every answer; with `labels`, noise them and return the loss of equation 2.
 
-        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes.
+        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes (`sample_ids` matters
+        to `generate` alone).
 
         Args:
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.

@@ -287,6 +287,74 @@ def test_region_prompts_can_be_switched_off(tiny_model, tiny_processor, scene):
         assert not torch.allclose(with_prompts.encode_tiles(pixels, coverage), with_prompts.encode_tiles(pixels))
 
 
+# --- the sequence as it is written --------------------------------------------------------------------------------
+
+
+def hand_built_logits(
+    model, prompt_embeds, answers: list[list[int]], slots: list[list[int]], prompt_sees_answers: bool
+):
+    """Logits of the slots when prompt and answers are run as one plain sequence, positions counted from zero.
+
+    `answers` are the ids of every block, `slots` the places of its slots within it.
+    """
+    tail = torch.tensor([[token for block in answers for token in block]])
+    embeds = torch.cat((prompt_embeds, model.get_input_embeddings()(tail)), dim=1)
+    length, total = prompt_embeds.shape[1], embeds.shape[1]
+    allowed = torch.ones(1, 1, total, total, dtype=torch.bool)
+    allowed[:, :, :length, length:] = prompt_sees_answers
+    logits = model.lm_head(model.language_model(embeds, allowed, torch.arange(total)[None]))[0, length:]
+    starts = [sum(len(block) for block in answers[:index]) for index in range(len(answers))]
+    return torch.stack([logits[[start + slot for slot in own]] for start, own in zip(starts, slots, strict=True)])
+
+
+@torch.no_grad()
+def assert_scores(model, batch, ids, answers, slots):
+    embeds = model.embed_prompt(**{name: value for name, value in batch.items() if name != "sample_ids"}).embeds
+    sees = model.config.attention_layout != "isolated"
+    expected = hand_built_logits(model, embeds, answers, slots, sees)
+    torch.testing.assert_close(model(**batch, answer_ids=ids).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["isolated", "released", "full"])
+def test_an_answer_without_regions_follows_its_prompt_bare(tiny_model, tiny_processor, scene, layout):
+    model = tiny_model(attention_layout=layout)
+    batch = tiny_processor(model)(images=scene.image, text="How many?")
+    ids = torch.tensor([[7, model.config.mask_token_id, 9, 11]])
+    assert_scores(model, batch, ids, ids.tolist(), [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_isolated_a_caption_follows_its_marker(tiny_model, tiny_processor, scene, conditioning):
+    """One region: `prompt, marker, slots`; only the prompt does not look at what follows."""
+    model = tiny_model(region_conditioning=conditioning)
+    batch = tiny_processor(model)(images=scene.image, masks=[scene.objects[0].mask])
+    ids = torch.tensor([[7, model.config.mask_token_id, 9]])
+    shared_only = batch["input_ids"].shape[1] - 17  # RoI tokens and newline, which no shared token sees
+    assert int((batch["token_roles"] == SHARED).sum()) == shared_only
+    with torch.no_grad():
+        prompt = model.embed_prompt(**{name: value for name, value in batch.items() if name != "sample_ids"})
+        tail = torch.tensor([[model.config.caption_token_ids[0], *ids[0].tolist()]])
+        embeds = torch.cat((prompt.embeds, model.get_input_embeddings()(tail)), dim=1)
+        group = torch.cat(((batch["token_roles"][0] != SHARED).long(), torch.full((4,), 2)))  # S 0, R 1, C 2
+        allowed = (group[:, None] >= group[None, :])[None, None]
+        hidden = model.language_model(embeds, allowed, torch.arange(embeds.shape[1])[None])
+        expected = model.lm_head(hidden)[:, -3:]
+        torch.testing.assert_close(model(**batch, answer_ids=ids).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_other_layouts_write_the_released_sequence(tiny_model, tiny_processor, scene, conditioning):
+    """`marker slots newline` per region, the last one ended by the end of turn; markers follow the prompt id."""
+    model = tiny_model(region_conditioning=conditioning, attention_layout="full")
+    config = model.config
+    batch = region_batch(tiny_processor(model), scene)
+    ids = torch.randint(0, 500, (3, 4), generator=torch.Generator().manual_seed(0))
+    ends = [config.newline_token_id, config.newline_token_id, config.end_of_turn_token_id]
+    markers = [config.caption_token_ids[k if conditioning == "vision" else 0] for k in range(3)]
+    blocks = [[marker, *slots, end] for marker, slots, end in zip(markers, ids.tolist(), ends, strict=True)]
+    assert_scores(model, batch, ids, blocks, [[1, 2, 3, 4]] * 3)
+
+
 # --- noise and loss -----------------------------------------------------------------------------------------------
 
 

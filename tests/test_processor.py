@@ -366,12 +366,22 @@ def test_patch_coverage_lies_in_its_tile_patch_and_prompt(vision):
     assert torch.equal(coverage, expected)
 
 
-def test_patch_coverage_of_a_tall_grid_goes_down_the_rows(vision):
-    coverage = vision(images=noise_image(128, 256), masks=block(128, 256, 16, 240, 32, 256))["prompt_coverage"]
-    assert coverage.shape == (3, 3, PATCHES, PATCHES)  # patches of 16 px, in the thumbnail of 16 x 32 px
-    assert coverage.nonzero().tolist() == [[1, 0, 7, 1], [2, 0, 7, 1]]
-    assert coverage[1, 0, 7, 1] == 1.0
-    assert coverage[2, 0, 7, 1] == 0.5
+@pytest.mark.parametrize(
+    ("size", "box", "tile", "patch"),
+    [
+        ((128, 256), (16, 240, 32, 256), 1, (7, 1)),  # 1 x 2 tiles, patches of 16 px
+        ((192, 128), (136, 8, 144, 16), 2, (1, 1)),  # 3 x 2 tiles, patches of 8 px, third tile of the first row
+        ((192, 128), (56, 120, 64, 128), 3, (7, 7)),  # first tile of the second row
+    ],
+)
+def test_coverage_of_tiles_is_row_major(size, box, tile, patch, vision):
+    coverage = vision(images=noise_image(*size), boxes=[box])["prompt_coverage"]
+    assert coverage[:-1].nonzero().tolist() == [[tile, 0, *patch]]
+    assert coverage[tile, 0].max() == 1.0
+    x, y = PATCHES * box[0] // size[0], PATCHES * box[1] // size[1]
+    assert coverage[-1].nonzero().tolist() == [[0, y, x]]
+    share = (box[2] - box[0]) * (box[3] - box[1]) * PATCHES**2 / (size[0] * size[1])
+    assert coverage[-1, 0, y, x] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (299, 199), (137, 61), (298, 0)])

@@ -135,6 +135,10 @@ def assert_code_is_named(folder):
         assert (folder / f"{name}.py").read_text() == (ROOT / f"{name}.py").read_text(), name
 
 
+def test_readme_shows_what_is_run_here():
+    assert SNIPPET in (ROOT / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_model, tiny_processor):
     """A tiny checkpoint, loaded and saved again by a fresh process and then deleted; and what that process found."""

@@ -20,14 +20,18 @@ class TokenizerConfig:
 
 @dataclass
 class DataConfig:
-    """Drawn scenes to train on: seed of the world, how many, the share asked about the whole image, in [0, 1], and the
-    epochs at the start that see every image as a single tile (fewer tokens to look at, so attention to the region is
-    found sooner, and steps are shorter)."""
+    """Drawn scenes to train on: seed of the world, how many, and the share asked about the whole image, in [0, 1].
+
+    The first `coarse_epochs` are a curriculum: every image is a single tile and only the first `coarse_slots` of an
+    answer are trained ("a large striped red house"). Nothing but the region tells these words, so seeing is learned
+    first, on short sequences; the rest of the caption comes after.
+    """
 
     seed: int = 1
     num_images: int = 20000
     conversation_share: float = 0.1
     coarse_epochs: int = 0
+    coarse_slots: int | None = None
 
 
 @dataclass
@@ -117,9 +121,11 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a section, got {value!r}")
         return _build(hint, value, name + ".")
+    if isinstance(hint, types.UnionType):  # only `X | None` occurs
+        return None if value is None else _checked(typing.get_args(hint)[0], value, name)
     kind = typing.get_origin(hint) or hint
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return value

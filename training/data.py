@@ -23,7 +23,7 @@ class SceneDataset(Dataset):
         num_images: length of the dataset.
         conversation_share: share of scenes that are asked a question about the whole image instead of being captioned
             region by region, in [0, 1].
-        coarse_epochs: epochs at the start in which every image is a single tile.
+        coarse_epochs: epochs at the start whose samples are marked `coarse`.
     """
 
     def __init__(self, seed: int, num_images: int, conversation_share: float = 0.0, coarse_epochs: int = 0):
@@ -38,10 +38,10 @@ class SceneDataset(Dataset):
         return self.num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`{"image", "noise_seed", "max_tiles"}` with either `"masks", "captions"` or `"question", "answer"`."""
+        """`{"image", "noise_seed", "coarse"}` with either `"masks", "captions"` or `"question", "answer"`."""
         scene = draw_scene(self.seed, index)
         sample: dict[str, Any] = {"image": scene.image, "noise_seed": f"{self.epoch}/{self.seed}/{index}"}
-        sample["max_tiles"] = 1 if self.epoch < self.coarse_epochs else None
+        sample["coarse"] = self.epoch < self.coarse_epochs
         if self._is_conversation(index):
             dice = random.Random(f"question/{self.epoch}/{self.seed}/{index}")
             turns = scene_conversation(scene)
@@ -88,26 +88,29 @@ class AnswerCollator:
         processor: the only preprocessing path there is.
         num_slots: slots of an answer, G.
         noise_copies: 1, or 2 for antithetic pairs.
+        coarse_slots: of a coarse batch only this many first slots are kept, and its images are single tiles.
     """
 
     processor: PerceptionDLMProcessor
     num_slots: int
     noise_copies: int = 1
+    coarse_slots: int | None = None
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        coarse = samples[0]["coarse"]  # one epoch, hence the same for the whole batch
+        max_tiles = 1 if coarse else None
+        num_slots = (coarse and self.coarse_slots) or self.num_slots
         rows, labels, probabilities, draws = [], [], [], []
         for sample in samples:
             if "captions" in sample:
-                rows += self.processor.region_rows(
-                    sample["image"], None, "masks", sample["masks"], max_tiles=sample["max_tiles"]
-                )
+                rows += self.processor.region_rows(sample["image"], None, "masks", sample["masks"], max_tiles=max_tiles)
                 answers = sample["captions"]
             else:
-                rows += self.processor.text_rows(sample["image"], sample["question"], max_tiles=sample["max_tiles"])
+                rows += self.processor.text_rows(sample["image"], sample["question"], max_tiles=max_tiles)
                 answers = [sample["answer"]]
-            targets = self.processor.encode_answers(answers, self.num_slots)
+            targets = self.processor.encode_answers(answers, self.num_slots)[:, :num_slots]
             labels.append(targets.repeat_interleave(self.noise_copies, dim=0))
-            p, u = stratified_noise(len(answers), self.num_slots, self.noise_copies, sample["noise_seed"])
+            p, u = stratified_noise(len(answers), num_slots, self.noise_copies, sample["noise_seed"])
             probabilities.append(p)
             draws.append(u)
         batch = dict(self.processor.collate(rows))

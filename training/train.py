@@ -104,7 +104,7 @@ def train(run: RunConfig) -> Path:
     model, processor = build_model(run)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
     dataset = SceneDataset(run.data.seed, run.data.num_images, run.data.conversation_share, run.data.coarse_epochs)
-    collator = AnswerCollator(processor, run.loss.num_slots, run.loss.noise_copies)
+    collator = AnswerCollator(processor, run.loss.num_slots, run.loss.noise_copies, run.data.coarse_slots)
     trainer = PerceptionDLMTrainer(
         model=model,
         args=arguments,
