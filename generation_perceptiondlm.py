@@ -145,7 +145,8 @@ class TokenSampler:
         """Token ids (A, G) and their probability (A, G) under the model's own distribution, in fp32."""
         logits = logits_AGV.float()
         if self.suppress_tokens:
-            logits[..., list(self.suppress_tokens)] = float("-inf")
+            suppressed = torch.tensor(self.suppress_tokens, device=logits.device)
+            logits = logits.index_fill(-1, suppressed, float("-inf"))
         probabilities = logits.softmax(dim=-1)
         if self.temperature == 0:
             confidence, tokens = probabilities.max(dim=-1)

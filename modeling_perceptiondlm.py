@@ -74,6 +74,8 @@ class BidirectionalLlamaModel(LlamaModel):
 
     def __init__(self, config):
         super().__init__(config)
+        # Llama freezes the padding token's embedding at zero; here that token fills answers and is learned.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         for layer in self.layers:
             layer.self_attn.is_causal = False
 

@@ -317,9 +317,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         counts = iter(num_tiles(grid) * self.tokens_per_tile for grid in grids)
         return [token for i in ids for token in ([i] * next(counts) if i == image_token else [i])]
 
-    def prompt_length(self, size: tuple[int, int], num_regions: int) -> int:
+    def prompt_length(self, size: tuple[int, int], num_regions: int, max_tiles: int | None = None) -> int:
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
-        grid = best_grid(*size, self.tile_size, self.max_tiles)
+        grid = best_grid(*size, self.tile_size, self.max_tiles if max_tiles is None else max_tiles)
         return num_tiles(grid) * self.tokens_per_tile + num_regions * (self.roi_size**2 + 1) * self.use_roi_replay
 
     # --- images and regions ---------------------------------------------------------------------------------------

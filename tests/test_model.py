@@ -836,3 +836,17 @@ def test_embeddings_can_be_replaced_and_resized(tiny_model, tiny_processor, scen
     assert model.get_input_embeddings() is model.language_model.embed_tokens
     assert after.shape[-1] == model.config.text_config.vocab_size == vocabulary + 8
     torch.testing.assert_close(after[..., :vocabulary], before)
+
+
+def test_the_token_that_fills_answers_has_an_embedding_that_learns(tiny_model, tiny_processor, scene):
+    model = tiny_model()
+    inputs = tiny_processor(model)(images=scene.image, masks=[item.mask for item in scene.objects])
+    fill = model.config.end_of_text_token_id
+    labels = torch.full((len(scene.objects), 4), fill)
+    noise = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(labels.shape)
+    model(
+        **inputs, labels=labels, mask_probability=torch.full((len(labels), 1), 0.5), answer_noise=noise
+    ).loss.backward()
+    embedding = model.get_input_embeddings().weight
+    assert embedding[fill].abs().sum() > 0
+    assert embedding.grad[fill].abs().sum() > 0
