@@ -391,13 +391,15 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         """
         super()._init_weights(module)
         if any(module is layer for layer in self.region_replay.children()):
-            std = module.in_features**-0.5 if isinstance(module, nn.Linear) else module.num_embeddings**-0.5
-            init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                init.normal_(module.weight, std=module.num_embeddings**-0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 from perceptiondlm import regions_perceptiondlm as regions
 from perceptiondlm.regions_perceptiondlm import area_pool, box_coverage, load_image, mask_boxes, region_masks
 
+
 HEIGHT, WIDTH = SIZE = (10, 16)
 X0, Y0, X1, Y1 = 3, 2, 9, 6
 RING = [X0, Y0, X1, Y0, X1, Y1, X0, Y1]

@@ -108,7 +108,7 @@ def run_fresh(script, cwd, home, **environment):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.rpartition("FOUND ")[2])

@@ -6,6 +6,7 @@ from perceptiondlm.evaluation.judges import SceneJudge, read_caption
 from perceptiondlm.evaluation.scoring import JudgeRequest, constant_captions, score_captions, shuffled_captions
 from perceptiondlm.training.scenes import CATEGORIES, COLORS, draw_scene, scene_class_names, scene_questions
 
+
 CHOICES = {
     "recognition": [["no", 0], ["yes", 1]],
     "attribute": [["wrong", -1], ["unstated", 0.5], ["correct", 1], ["absent", 0]],

@@ -42,6 +42,7 @@ from perceptiondlm.training.scenes import (
     scenes_dataset,
 )
 
+
 # sha256 of shape, pixels and masks: the same on every machine. A wanted change of the drawing changes them.
 PINNED = {
     (0, 0): "5bdaa234b6c6c076c9852dee4de5e534c37ee18589627bc2bb8d9822077a76c6",
@@ -183,9 +184,7 @@ def test_parts_are_large_even_in_small_objects(category: str, complete: bool) ->
 
 
 def test_mirroring_flips_the_drawing() -> None:
-    plain, flipped = (
-        render("cup", frozenset({"handle"}), 90, m, Dice("mirror")).labels for m in (False, True)
-    )
+    plain, flipped = (render("cup", frozenset({"handle"}), 90, m, Dice("mirror")).labels for m in (False, True))
     assert (plain[:, ::-1] == flipped).mean() > 0.95  # up to the rounding of corners
     assert (plain == flipped).mean() < 0.9
 

@@ -16,6 +16,7 @@ from perceptiondlm.evaluation.scoring import (
     shuffled_captions,
 )
 
+
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "paradlc"
 
 POSITIVE: dict[str, Any] = {
