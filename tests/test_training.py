@@ -84,9 +84,9 @@ def test_noise_depends_on_the_sample_and_epoch_only():
     assert not torch.equal(first[1], other[1])
 
 
-def test_collator_is_deterministic_and_mixes_captions_with_questions(tiny_processor):
+def test_collator_is_deterministic_and_mixes_captions_with_questions(tiny_model, tiny_processor):
     dataset = SceneDataset(seed=1, num_images=12, conversation_share=0.5)
-    collator = AnswerCollator(tiny_processor(), num_slots=32, noise_copies=2)
+    collator = AnswerCollator(tiny_processor(tiny_model()), num_slots=32, noise_copies=2)
     samples = [dataset[index] for index in range(6)]
     kinds = {"captions" in sample for sample in samples}
     batch, again = collator(samples), collator([dataset[index] for index in range(6)])

@@ -90,4 +90,6 @@ class SceneEvaluation(TrainerCallback):
                 report = evaluate_scenes(model, processing_class, self.config.seed, self.config.num_images)
             model.train()
             names = ("positive", "negative", "average", "recognition", "exact")
+            should_log = control.should_log
             self.trainer.log({f"scenes_{name}": round(report[name], 2) for name in names})
+            control.should_log = should_log  # logging clears it, and this step's loss is still to be logged
