@@ -319,17 +319,19 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def prompt_length(self, size: tuple[int, int], num_regions: int, max_tiles: int | None = None) -> int:
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
-        grid = best_grid(*size, self.tile_size, self.max_tiles if max_tiles is None else max_tiles)
+        grid = self._grid(size, max_tiles)
         return num_tiles(grid) * self.tokens_per_tile + num_regions * (self.roi_size**2 + 1) * self.use_roi_replay
+
+    def _grid(self, size: tuple[int, int], max_tiles: int | None) -> tuple[int, int]:
+        """Grid of an image of (width, height) pixels, under the processor's limit unless another is given."""
+        return best_grid(*size, self.tile_size, self.max_tiles if max_tiles is None else max_tiles)
 
     # --- images and regions ---------------------------------------------------------------------------------------
 
     def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
         side = self.tile_size
-        columns, rows = grid = best_grid(
-            image.width, image.height, side, self.max_tiles if max_tiles is None else max_tiles
-        )
+        columns, rows = grid = self._grid(image.size, max_tiles)
         pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
         tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         if len(tiles) > 1:

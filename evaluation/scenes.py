@@ -1,6 +1,7 @@
 """Scores of a model on drawn scenes: captions all regions of held-out pictures and lets the rule judge read them."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,13 +58,15 @@ def evaluate_scenes(
         region: item.caption for scene in scenes for region, item in zip(scene.region_ids, scene.objects, strict=True)
     }
 
+    questions = {k: v for scene in scenes for k, v in scene_questions(scene).items()}
+    class_names = {k: v for scene in scenes for k, v in scene_class_names(scene).items()}
+
     def score(texts: dict[str, str]) -> BenchmarkScore:
-        questions = {k: v for scene in scenes for k, v in scene_questions(scene).items()}
-        class_names = {k: v for scene in scenes for k, v in scene_class_names(scene).items()}
         return score_captions(texts, questions, class_names, SceneJudge())
 
     result = score(captions)
-    constant = score(constant_captions(list(references), max(references.values(), key=list(references.values()).count)))
+    ((most_common, _),) = Counter(references.values()).most_common(1)
+    constant = score(constant_captions(references, most_common))
     return {
         "dataset": "scenes",
         "seed": seed,

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a directory for several images, got {options.out}")
     done = finished_images(options.json)
     pipe = load_pipeline(options)
-    keywords = {**generate_settings(options)}
+    keywords = generate_settings(options)
     if options.max_regions_per_pass is not None:
         keywords["max_regions_per_pass"] = options.max_regions_per_pass
     results = []
