@@ -112,23 +112,21 @@ def prompt_positions(prompt: TokenRoles, layout: str) -> torch.Tensor:
     return positions.masked_fill(prompt.role == PAD, 0)
 
 
-def block_positions(
-    prompt: TokenRoles, num_blocks: int, width: int, marked_B: torch.Tensor, layout: str
-) -> torch.Tensor:
-    """Position ids of `num_blocks` caption blocks of `width` tokens that follow the prompt, (B, M * W) int64.
+def block_positions(prompt: TokenRoles, blocks: TokenRoles, num_blocks: int, layout: str) -> torch.Tensor:
+    """Position ids of caption blocks that follow the prompt, (B, M * W) int64; padding takes no position.
 
-    In rows that are not marked the first token of a block is padding and takes no position.
+    Args:
+        prompt, blocks: roles of the prompt (B, L) and of the blocks (B, M * W).
+        num_blocks: M.
     """
-    device = prompt.role.device
     if layout == "isolated":
         in_region = (prompt.role == ROI) | (prompt.role == SEPARATOR)
         single_region = (prompt.role == SHARED) | (in_region & (prompt.region == 0))
-        start_B = single_region.sum(dim=1)
-        within = torch.arange(width, device=device).repeat(num_blocks)
+        start_B, runs = single_region.sum(dim=1), num_blocks
     else:
-        start_B = (prompt.role != PAD).sum(dim=1)
-        within = torch.arange(num_blocks * width, device=device)
-    return start_B[:, None] + within[None, :] - (~marked_B).to(torch.int64)[:, None]
+        start_B, runs = (prompt.role != PAD).sum(dim=1), 1
+    within = exclusive_cumsum((blocks.role != PAD).unflatten(1, (runs, -1)))
+    return start_B[:, None] + within.flatten(1)
 
 
 def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:

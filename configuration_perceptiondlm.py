@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
 
 ATTENTION_LAYOUTS = ("isolated", "released", "full")
-REGION_CONDITIONINGS = ("replay", "vision")
+REGION_CONDITIONINGS = ("replay", "vision", "none")
 
 # Special-token ids of the LLaDA-8B-Instruct tokenizer as the released PerceptionDLM uses them.
 LLADA_ROI_TOKEN_IDS = tuple(range(126084, 126084 + 16))  # <|reserved_token_0|> ...
@@ -60,7 +60,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
             `"released"` (the rules baked into the published weights) or `"full"` (no structure, the paper's ablation).
         region_conditioning (`str`): where a region enters the network. `"vision"`: a learned prompt is added to its
             patches before the vision encoder (paper, section 3.2). `"replay"`: the RoI tokens carry the mask's coverage
-            and the encoder knows no region.
+            and the encoder knows no region. `"none"`: a base model without region parts.
         use_region_prompts (`bool`): under `"vision"`, whether prompts are added at all (Table 7 drops them).
         use_roi_replay (`bool`): whether RoI tokens are part of the sequence (Table 7 drops them).
         num_region_prompts (`int`): prompt ids, hence the most regions of one pass under `"vision"`.
@@ -69,6 +69,15 @@ class PerceptionDLMConfig(PreTrainedConfig):
         coverage_subsamples (`int`): under `"replay"`, cells per bin side in which mask coverage is measured.
         region_geometry (`bool`): under `"replay"`, whether RoI tokens also carry the box (position, extent), which
             RoI-Align normalises away.
+        text_only (`bool`): a language model without vision tower and projector, as converted from LLaDA alone; needs
+            `region_conditioning="none"`.
+        roi_first_tile (`int`, defaults to 0): first tile of the feature map that RoIs are sampled from. The released
+            model starts at 1: its map lacks the first tile and ends with the thumbnail.
+        roi_spatial_scale, roi_training_spatial_scale (`float`, *optional*): factor on the boxes before sampling, while
+            generating and while training. The released model scales boxes a second time, by 1/32 and 1/28.
+        roi_inclusive_boxes (`bool`): whether boxes end at a region's last pixel instead of just outside it (released).
+        supervise_markers (`bool`): whether training noises and supervises marker and terminator of a caption block too,
+            and ends a block where its labels end (released), instead of supervising a fixed number of slots.
         image_token_id, mask_token_id, newline_token_id, end_of_turn_token_id, end_of_text_token_id (`int`): ids.
         roi_token_ids, caption_token_ids (`list[int]`): placeholder of a RoI token and marker that opens a caption, by
             prompt id; `"replay"` knows no ids and uses the first of each.
@@ -95,6 +104,12 @@ class PerceptionDLMConfig(PreTrainedConfig):
     roi_sampling_ratio: int = 2
     coverage_subsamples: int = 2
     region_geometry: bool = True
+    text_only: bool = False
+    roi_first_tile: int = 0
+    roi_spatial_scale: float | None = None
+    roi_training_spatial_scale: float | None = None
+    roi_inclusive_boxes: bool = False
+    supervise_markers: bool = False
     image_token_id: int = 126349
     mask_token_id: int = 126336
     newline_token_id: int = 198
@@ -135,16 +150,24 @@ class PerceptionDLMConfig(PreTrainedConfig):
             raise ValueError(f"vision_feature_layer must be in [{-layers - 1}, -1], got {self.vision_feature_layer}")
         if self.region_conditioning == "replay" and not self.use_roi_replay:
             raise ValueError("region_conditioning='replay' needs use_roi_replay=True: nothing else carries the region")
-        if not (self.use_roi_replay or self.use_region_prompts):
+        if self.region_conditioning == "vision" and not (self.use_roi_replay or self.use_region_prompts):
             raise ValueError("use_roi_replay and use_region_prompts are both False: no region would reach the model")
+        if self.text_only and self.region_conditioning != "none":
+            raise ValueError(f"text_only=True needs region_conditioning='none', got {self.region_conditioning!r}")
+        needed = {"vision": self.num_region_prompts, "replay": 1, "none": 0}[self.region_conditioning]
         for name in ("roi_token_ids", "caption_token_ids"):
             ids = getattr(self, name)
-            needed = self.num_region_prompts if self.region_conditioning == "vision" else 1
             if len(ids) < needed:
                 raise ValueError(f"{name} holds {len(ids)} ids, {needed} are needed")
         for name in ("roi_size", "roi_sampling_ratio", "coverage_subsamples", "num_region_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.roi_first_tile not in (0, 1):
+            raise ValueError(f"roi_first_tile must be 0 or 1 (released), got {self.roi_first_tile!r}")
+        for name in ("roi_spatial_scale", "roi_training_spatial_scale"):
+            scale = getattr(self, name)
+            if scale is not None and not 0 < scale <= 1:
+                raise ValueError(f"{name} must be None or in (0, 1], got {scale!r}")
 
     @property
     def patches_per_side(self) -> int:

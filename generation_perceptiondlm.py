@@ -31,6 +31,10 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             one token, so more steps than slots are not run.
         block_length (`int`, *optional*): slots are finished in blocks of this many, left to right
             (semi-autoregressive); by default one block. Must divide `max_new_tokens`.
+        shared_schedule (`bool`): regions of one image share a schedule: a step decides a number of slots among all of
+            them (the released model), instead of a number in each. More steps than slots may then be asked for.
+        remasking (`bool`): decided slots compete again at every step, by the confidence of their new most probable
+            token, and losing ones are masked again (the released model); by default a decided slot stays.
         sampler (`str`): which slots a step commits. `"low_confidence"`: those whose token is most probable (LLaDA's
             low-confidence remasking), `"random"`, or `"left_to_right"`.
         temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
@@ -46,6 +50,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         self.max_new_tokens: int = kwargs.pop("max_new_tokens", 32)
         self.steps: int = kwargs.pop("steps", 32)
         self.block_length: int | None = kwargs.pop("block_length", None)
+        self.shared_schedule: bool = kwargs.pop("shared_schedule", False)
+        self.remasking: bool = kwargs.pop("remasking", False)
         self.sampler: str = kwargs.pop("sampler", "low_confidence")
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
@@ -66,8 +72,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
     def fields() -> tuple[str, ...]:
         """Names of the public settings."""
         return (
-            "max_new_tokens", "steps", "block_length", "sampler", "temperature", "top_k", "top_p", "suppress_tokens",
-            "seed", "bos_token_id", "eos_token_id", "pad_token_id",
+            "max_new_tokens", "steps", "block_length", "shared_schedule", "remasking", "sampler", "temperature",
+            "top_k", "top_p", "suppress_tokens", "seed", "bos_token_id", "eos_token_id", "pad_token_id",
         )  # fmt: skip
 
     def validate(self, **_unused: Any) -> None:
@@ -81,6 +87,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"block_length={self.block_length} must divide max_new_tokens={self.max_new_tokens}")
         if self.steps < self.num_blocks:
             raise ValueError(f"steps={self.steps} must be at least the number of blocks, {self.num_blocks}")
+        for name in ("shared_schedule", "remasking"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {SAMPLERS}, got {self.sampler!r}")
         if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
@@ -113,6 +122,7 @@ class PerceptionDLMGenerationOutput(ModelOutput):
         confidences (`torch.FloatTensor` of shape `(A, G)`): probability of each token when it was committed, in [0, 1].
         sample_ids (`torch.LongTensor` of shape `(A,)`): which sample (image) of the batch an answer belongs to; answers
             of one sample come in the order its regions were given.
+        region_indices (`torch.LongTensor` of shape `(A,)`): row of `region_boxes` that an answer describes.
         num_forward_passes (`int`): denoising passes of the language model (a prefill not counted).
         tokens_per_forward (`float`): slots committed per denoising pass, over the whole batch.
     """
@@ -120,15 +130,25 @@ class PerceptionDLMGenerationOutput(ModelOutput):
     sequences: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
     sample_ids: torch.Tensor | None = None
+    region_indices: torch.Tensor | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
 
 
 def linear_schedule(num_slots: int, steps: int) -> list[int]:
-    """Slots to commit at each step so that all are decided at the last; the first steps take the remainder (LLaDA)."""
+    """Slots decided after each step, all at the last; the first steps take the remainder (LLaDA)."""
     steps = min(steps, num_slots)
     share, remainder = divmod(num_slots, steps)
-    return [share + (step < remainder) for step in range(steps)]
+    return [share * step + min(step, remainder) for step in range(1, steps + 1)]
+
+
+def released_schedule(num_slots: int, steps: int) -> list[int]:
+    """Slots decided after each step of the released model: `int(n (S - 1 - s) / S)` of n are still masked after step s.
+
+    Ends where none is masked any more, which is before the last step when there are more steps than slots.
+    """
+    decided = [num_slots - int(num_slots * (steps - 1 - step) / steps) for step in range(steps)]
+    return decided[: decided.index(num_slots) + 1]
 
 
 @dataclass
@@ -199,6 +219,7 @@ class Canvas:
     ids: torch.Tensor
     decided: torch.Tensor
     confidence: torch.Tensor
+    mask_token_id: int
 
     @classmethod
     def blank(cls, num_answers: int, num_slots: int, mask_token_id: int, device: torch.device) -> "Canvas":
@@ -208,17 +229,39 @@ class Canvas:
             torch.full(shape, mask_token_id, device=device),
             torch.zeros(shape, dtype=torch.bool, device=device),
             torch.zeros(shape, dtype=torch.float32, device=device),
+            mask_token_id,
         )
 
-    def commit(self, tokens, confidence, priority, count: int, block: slice) -> None:
-        """Decide the `count` undecided slots of highest priority inside a block, in every answer."""
-        candidates = torch.full_like(priority, float("-inf"))
-        candidates[:, block] = priority[:, block]
-        candidates = candidates.masked_fill(self.decided, float("-inf"))
-        chosen = torch.zeros_like(self.decided).scatter(1, candidates.topk(count, dim=1).indices, True)
-        self.ids = torch.where(chosen, tokens, self.ids)
-        self.confidence = torch.where(chosen, confidence, self.confidence)
-        self.decided = self.decided | chosen
+    def update(self, tokens, confidence, priority, block: slice, group_A, target_A, remasking: bool) -> None:
+        """Decide slots of a block so that every group of answers then has as many decided ones as its target says.
+
+        Args:
+            tokens, confidence, priority: (A, G) for this step; undecided slots of highest priority are decided first.
+            group_A: (A,) which answers share a target; answers of one group stand next to each other.
+            target_A: (A,) decided slots of the block, in the whole group of an answer, after this step.
+            remasking: whether decided slots compete too and, if they lose, are masked again.
+        """
+        decided = self.decided[:, block]
+        ranked = priority[:, block].double()
+        if not remasking:
+            ranked = ranked.masked_fill(decided, float("inf"))
+        chosen = (rank_in_group(ranked, group_A) < target_A[:, None]) | (decided & (not remasking))
+        new = chosen & ~decided
+        self.ids[:, block] = torch.where(new, tokens[:, block], self.ids[:, block])
+        self.ids[:, block] = torch.where(chosen, self.ids[:, block], self.mask_token_id)
+        self.confidence[:, block] = torch.where(new, confidence[:, block], self.confidence[:, block])
+        self.decided[:, block] = chosen
+
+
+def rank_in_group(priority_AG: torch.Tensor, group_A: torch.Tensor) -> torch.Tensor:
+    """Place of every entry among all entries of its group of rows, 0 for the highest; (A, G) int64."""
+    groups = group_A[:, None].expand_as(priority_AG).flatten()
+    order = priority_AG.flatten().argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]  # by group, and within it by priority
+    starts = torch.searchsorted(groups[order], groups[order])
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device) - starts
+    return ranks.view_as(priority_AG)
 
 
 class PerceptionDLMGenerationMixin:
@@ -239,6 +282,7 @@ class PerceptionDLMGenerationMixin:
         self,
         input_ids: torch.Tensor,
         sample_ids: torch.Tensor | None = None,
+        region_order: torch.Tensor | None = None,
         generation_config: PerceptionDLMGenerationConfig | None = None,
         generator: torch.Generator | None = None,
         streamer: Any | None = None,
@@ -250,6 +294,7 @@ class PerceptionDLMGenerationMixin:
         Args:
             input_ids: (B, L), and in `kwargs` the other tensors of [`PerceptionDLMProcessor`].
             sample_ids: (B,) sample of each row; an image whose regions are split over several passes has several rows.
+            region_order: (R,) place in the caller's order of each region within its sample, if rows hold them in another.
             generation_config: settings; keywords of [`PerceptionDLMGenerationConfig`] in `kwargs` override them.
             generator: source of randomness for sampling (or set `seed`).
             streamer: its `put_draft` receives the ids (A, G) after every step, and `end()` is called at the end.
@@ -277,28 +322,52 @@ class PerceptionDLMGenerationMixin:
             generator,
         )
         rank_slots = SlotSampler(settings.sampler, generator)
+        order = self._caller_order(layout, sample_ids, region_order)
         # 3. denoise, block by block
         passes = 0
         block_length = settings.block_length or settings.max_new_tokens
-        for index in range(settings.num_blocks):
-            block = slice(index * block_length, (index + 1) * block_length)
-            for count in linear_schedule(block_length, settings.steps // settings.num_blocks):
+        group_A = layout.row_A if settings.shared_schedule else torch.arange(num_answers, device=input_ids.device)
+        targets_SA = self._targets(settings, block_length, group_A)
+        for start in range(0, settings.max_new_tokens, block_length):
+            block = slice(start, start + block_length)
+            for target_A in targets_SA:
                 logits = self.score_answers(prompt, layout, canvas.ids, cache)
                 tokens, confidence = sample_tokens(logits)
-                canvas.commit(tokens, confidence, rank_slots(confidence), count, block)
+                priority = rank_slots(confidence)
+                canvas.update(tokens, confidence, priority, block, group_A, target_A, settings.remasking)
                 passes += 1
                 if streamer is not None:
-                    streamer.put_draft(canvas.ids.cpu())
+                    streamer.put_draft(canvas.ids[order].cpu())
         if streamer is not None:
             streamer.end()
-        rows = torch.arange(len(input_ids), device=input_ids.device) if sample_ids is None else sample_ids
         return PerceptionDLMGenerationOutput(
-            sequences=canvas.ids,
-            confidences=canvas.confidence,
-            sample_ids=rows[layout.row_A],
+            sequences=canvas.ids[order],
+            confidences=canvas.confidence[order],
+            sample_ids=(layout.row_A if sample_ids is None else sample_ids[layout.row_A])[order],
+            region_indices=order,
             num_forward_passes=passes,
             tokens_per_forward=canvas.ids.numel() / passes,
         )
+
+    @staticmethod
+    def _caller_order(layout, sample_ids, region_order) -> torch.Tensor:
+        """Permutation (A,) of the answers into samples, and within them into the order their regions were given."""
+        if region_order is None:
+            return torch.arange(len(layout.row_A), device=layout.row_A.device)
+        samples_A = layout.row_A if sample_ids is None else sample_ids[layout.row_A]
+        within = region_order.argsort(stable=True)
+        return within[samples_A[within].argsort(stable=True)]
+
+    @staticmethod
+    def _targets(settings: PerceptionDLMGenerationConfig, block_length: int, group_A: torch.Tensor) -> torch.Tensor:
+        """Decided slots of a block after each step, in the group of every answer: (steps, A)."""
+        steps = settings.steps // settings.num_blocks
+        schedule = released_schedule if settings.shared_schedule else linear_schedule
+        sizes = torch.bincount(group_A).tolist()
+        plans = {size: schedule(size * block_length, steps) for size in set(sizes)}
+        longest = max(map(len, plans.values()))
+        plans = {size: plan + plan[-1:] * (longest - len(plan)) for size, plan in plans.items()}
+        return torch.tensor([plans[size] for size in sizes], device=group_A.device)[group_A].T
 
     def _settings_and_inputs(self, generation_config, kwargs):
         """Split keywords into settings and prompt tensors; anything else is an error."""

@@ -221,11 +221,13 @@ def box_geometry(boxes_R4: torch.Tensor, image_size_R2: torch.Tensor) -> torch.T
 
 @dataclass
 class Prompt:
-    """What the answers are conditioned on: embeddings (B, L, D), roles (B, L) and regions per row (B,)."""
+    """What the answers are conditioned on: embeddings (B, L, D), roles (B, L), regions per row (B,) and the index of
+    the marker that opens each region's caption (R,)."""
 
     embeds: torch.Tensor
     roles: TokenRoles
     num_regions: torch.Tensor
+    markers: torch.Tensor
 
 
 class AnswerLayout:
@@ -240,9 +242,17 @@ class AnswerLayout:
             one answer may stand next to each other.
         num_slots: G.
         config: the model's configuration.
+        lengths_A: slots that exist in each answer, by default all G; the others are padding.
     """
 
-    def __init__(self, prompt: Prompt, num_answers: int, num_slots: int, config: PerceptionDLMConfig):
+    def __init__(
+        self,
+        prompt: Prompt,
+        num_answers: int,
+        num_slots: int,
+        config: PerceptionDLMConfig,
+        lengths_A: torch.Tensor | None = None,
+    ):
         self.config, self.device = config, prompt.embeds.device
         targets_B = prompt.num_regions.clamp(min=1)
         targets = int(targets_B.sum())
@@ -257,41 +267,59 @@ class AnswerLayout:
         self.block_A = torch.arange(num_answers, device=self.device) - (blocks_B.cumsum(0) - blocks_B)[self.row_A]
         self.region_A = self.block_A // copies
         self.last_A = self.block_A == blocks_B[self.row_A] - 1
-        self.marked_B = prompt.num_regions > 0
-        self.roles = self._roles(len(blocks_B))
-        self.positions = block_positions(
-            prompt.roles, self.num_blocks, self.width, self.marked_B, config.attention_layout
-        )
+        self.marked_A = (prompt.num_regions > 0)[self.row_A]
+        self.marker_A = self._markers(prompt)
+        self.roles = self._roles(len(blocks_B), lengths_A)
+        self.positions = block_positions(prompt.roles, self.roles, self.num_blocks, config.attention_layout)
 
-    def _roles(self, num_rows: int) -> TokenRoles:
+    def _markers(self, prompt: Prompt) -> torch.Tensor:
+        """Id of the token that opens each answer's block; where a row has no regions, it is padding."""
+        markers_A = torch.full_like(self.region_A, self.config.end_of_text_token_id)
+        index_R = prompt.markers if self.config.region_conditioning == "vision" else torch.zeros_like(prompt.markers)
+        first_B = prompt.num_regions.cumsum(0) - prompt.num_regions
+        regions = (first_B[self.row_A] + self.region_A)[self.marked_A]
+        ids = torch.tensor(self.config.caption_token_ids, device=self.device, dtype=torch.int64)
+        markers_A[self.marked_A] = ids[index_R[regions]]
+        return markers_A
+
+    def _roles(self, num_rows: int, lengths_A: torch.Tensor | None) -> TokenRoles:
+        exists_AW = torch.ones(len(self.row_A), self.width, dtype=torch.bool, device=self.device)
+        exists_AW[:, 0] = self.marked_A
+        if self.terminated:
+            exists_AW[:, -1] = self.marked_A
+        if lengths_A is not None:
+            slots_G = torch.arange(self.num_slots, device=self.device)
+            exists_AW[:, 1 : 1 + self.num_slots] = slots_G < lengths_A[:, None]
         shape = (num_rows, self.num_blocks, self.width)
         role = torch.full(shape, PAD, device=self.device)
         region, block = torch.full_like(role, -1), torch.full_like(role, -1)
-        role[self.row_A, self.block_A] = CAPTION
+        role[self.row_A, self.block_A] = torch.where(exists_AW, CAPTION, PAD)
         region[self.row_A, self.block_A] = self.region_A[:, None].expand(-1, self.width)
         block[self.row_A, self.block_A] = self.block_A[:, None].expand(-1, self.width)
-        role[~self.marked_B, :, 0] = PAD
-        if self.terminated:
-            role[~self.marked_B, :, -1] = PAD
         return TokenRoles(*(x.flatten(1) for x in (role, region, block)))
 
-    def token_ids(self, slots_AG: torch.Tensor) -> torch.Tensor:
-        """Token ids of all blocks, (B, M * W), around the given slots (A, G)."""
-        config = self.config
-        ids = torch.full_like(self.roles.role, config.end_of_text_token_id).view(-1, self.num_blocks, self.width)
-        markers = torch.tensor(config.caption_token_ids, device=self.device)
-        by_id = config.region_conditioning == "vision"
-        ids[self.row_A, self.block_A, 0] = markers[self.region_A if by_id else torch.zeros_like(self.region_A)]
-        ids[self.row_A, self.block_A, 1 : 1 + self.num_slots] = slots_AG
+    def enclose(self, slots_AG: torch.Tensor) -> torch.Tensor:
+        """Ids of whole blocks (A, W): the slots (A, G) between marker and terminator."""
+        parts = [self.marker_A[:, None], slots_AG]
         if self.terminated:
-            ends = torch.where(self.last_A, config.end_of_turn_token_id, config.newline_token_id)
-            ids[self.row_A, self.block_A, -1] = ends
-        return ids.flatten(1)
+            ends = torch.where(self.last_A, self.config.end_of_turn_token_id, self.config.newline_token_id)
+            parts.append(ends[:, None])
+        return torch.cat(parts, dim=1)
 
-    def slots(self, tokens_BXD: torch.Tensor) -> torch.Tensor:
-        """Pick the slots' vectors out of all block tokens: (B, M * W, D) to (A, G, D)."""
-        blocks = tokens_BXD.view(tokens_BXD.shape[0], self.num_blocks, self.width, -1)
-        return blocks[self.row_A, self.block_A, 1 : 1 + self.num_slots]
+    def enclose_labels(self, labels_AG: torch.Tensor) -> torch.Tensor:
+        """Labels of whole blocks (A, W), -100 where a block has no token."""
+        exists_AW = self.pick(self.roles.role) != PAD
+        return self.enclose(labels_AG).masked_fill(~exists_AW, -100)
+
+    def token_ids(self, blocks_AW: torch.Tensor) -> torch.Tensor:
+        """Lay whole blocks (A, W) out in their rows, (B, M * W)."""
+        ids = torch.full_like(self.roles.role, self.config.end_of_text_token_id)
+        ids.view(-1, self.num_blocks, self.width)[self.row_A, self.block_A] = blocks_AW
+        return ids
+
+    def pick(self, tokens_BX: torch.Tensor) -> torch.Tensor:
+        """Whole blocks out of all block tokens: (B, M * W, ...) to (A, W, ...)."""
+        return tokens_BX.unflatten(1, (self.num_blocks, self.width))[self.row_A, self.block_A]
 
 
 def noise_answers(
@@ -371,15 +399,16 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
         self.generation_config = PerceptionDLMGenerationConfig()
-        self.vision_tower = PromptedSiglipVisionModel(config.vision_config)
-        self.projector = PerceptionDLMProjector(config)
+        if not config.text_only:
+            self.vision_tower = PromptedSiglipVisionModel(config.vision_config)
+            self.projector = PerceptionDLMProjector(config)
+            for layer in self.vision_tower.encoder.layers[config.vision_feature_layer :][1:]:
+                layer.requires_grad_(False)  # never run
         self.region_replay = RegionReplay(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
         self.language_model = BidirectionalLlamaModel(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        for layer in self.vision_tower.encoder.layers[config.vision_feature_layer :][1:]:
-            layer.requires_grad_(False)  # never run
         self.post_init()
 
     @torch.no_grad()
@@ -418,7 +447,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         region_boxes: torch.Tensor | None = None,
         region_coverage: torch.Tensor | None = None,
         prompt_coverage: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+        region_order: torch.Tensor | None = None,
         answer_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mask_probability: torch.Tensor | None = None,
@@ -427,15 +458,16 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     ) -> PerceptionDLMOutput:
         """Score the slots of every answer; with `labels`, noise them and return the loss of equation 2.
 
-        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes (`sample_ids` matters
-        to `generate` alone).
+        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes (`sample_ids` and
+        `region_order` matter to `generate` alone).
 
         Args:
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
             labels: (A, G) clean ids, -100 where not supervised. A may be a multiple of the number of regions: answers
                 of one region then stand next to each other.
             mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
-            answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out.
+            answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out. With
+                `supervise_markers` (A, W), whole blocks, and so are the output's logits and masked tokens.
             loss_weighting: see `masked_diffusion_loss`.
         """
         if (answer_ids is None) == (labels is None):
@@ -445,24 +477,26 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         # 1. condition: text, image and regions
         prompt = self.embed_prompt(
             input_ids, token_roles, region_ids, num_regions, attention_mask, pixel_values, tile_grids, image_sizes,
-            region_boxes, region_coverage, prompt_coverage,
+            region_boxes, region_coverage, prompt_coverage, prompt_ids,
+            roi_scale=None if labels is None else self.config.roi_training_spatial_scale,
         )  # fmt: skip
+        if labels is None:
+            layout = self.lay_out_answers(prompt, *answer_ids.shape)
+            return PerceptionDLMOutput(logits=self.score_answers(prompt, layout, answer_ids))
         # 2. noise the clean answers (equation 1)
-        masked = None
-        if labels is not None:
-            if mask_probability is None:
-                mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
-            if answer_noise is None:
-                answer_noise = torch.rand(labels.shape, device=labels.device)
-            answer_ids, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
+        lengths_A = (labels != -100).sum(dim=1) if self.config.supervise_markers else None
+        layout = self.lay_out_answers(prompt, *labels.shape, lengths_A)
+        if self.config.supervise_markers:
+            labels = layout.enclose_labels(labels)
+        if mask_probability is None:
+            mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
+        if answer_noise is None:
+            answer_noise = torch.rand(labels.shape, device=labels.device)
+        noised, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
         # 3. denoise all answers in one pass
-        assert answer_ids is not None  # given, or made in step 2
-        layout = self.lay_out_answers(prompt, *answer_ids.shape)
-        logits = self.score_answers(prompt, layout, answer_ids)
+        logits = self.score_answers(prompt, layout, noised)
         # 4. loss (equation 2)
-        loss = None
-        if labels is not None:
-            loss = masked_diffusion_loss(logits, labels, masked, mask_probability, loss_weighting)
+        loss = masked_diffusion_loss(logits, labels, masked, mask_probability, loss_weighting)
         return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked)
 
     def embed_prompt(
@@ -478,8 +512,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         region_boxes=None,
         region_coverage=None,
         prompt_coverage=None,
+        prompt_ids=None,
+        roi_scale=None,
     ) -> Prompt:
-        """Embed the text, put image features and RoI tokens in their places."""
+        """Embed the text, put image features and RoI tokens in their places; `roi_scale` replaces `roi_spatial_scale`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if (token_roles is None) != (region_ids is None):
@@ -498,11 +534,18 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             tiles_TnnD = self.encode_tiles(pixel_values, prompt_coverage)
         if self.config.use_roi_replay and region_boxes is not None:
             regions_RbD = self.replay_regions(
-                tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage
+                tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage, roi_scale
             )
         embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
         embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
-        return Prompt(embeds, roles, num_regions)
+        return Prompt(embeds, roles, num_regions, self._markers(num_regions, prompt_ids))
+
+    def _markers(self, num_regions: torch.Tensor, prompt_ids: torch.Tensor | None) -> torch.Tensor:
+        """Index of every region's caption marker: its prompt id, but its place in the row in the released layout."""
+        if prompt_ids is not None and self.config.attention_layout != "released":
+            return prompt_ids
+        first_R = (num_regions.cumsum(0) - num_regions).repeat_interleave(num_regions)
+        return torch.arange(len(first_R), device=first_R.device) - first_R
 
     def _check_inputs(self, input_ids, pixel_values, tile_grids) -> None:
         """Refuse text and tiles made by a processor whose tokenizer or sizes are not this model's."""
@@ -511,6 +554,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             raise ValueError(f"input_ids hold {largest}, the model's vocabulary has {vocabulary} tokens")
         if pixel_values is None:
             return
+        if self.config.text_only:
+            raise ValueError("this model has no vision tower (text_only=True): ask it without images")
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(
                 f"pixel_values are {tuple(pixel_values.shape)}, this model takes (tiles, 3, {side}, {side})"
@@ -522,6 +567,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     def _check_regions(self, num_regions, images, region_boxes, region_coverage, prompt_coverage) -> None:
         """Refuse regions that are incomplete, or made by a processor whose switches are not this model's."""
         config, (pixel_values, tile_grids, image_sizes) = self.config, images
+        if config.region_conditioning == "none":
+            raise ValueError("this is a base model (region_conditioning='none'): it answers questions, without regions")
         if any(tensor is None for tensor in images):
             raise ValueError("regions need pixel_values, tile_grids and image_sizes of their images")
         counted, boxes = int(num_regions.sum()), 0 if region_boxes is None else len(region_boxes)
@@ -560,26 +607,34 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
         return self.projector(self.vision_tower(pixels, self.config.vision_feature_layer, addend))
 
-    def replay_regions(self, tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage):
-        """RoI tokens (R, S², D) of all regions; row b's regions lie in image b."""
+    def replay_regions(
+        self, tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage, scale=None
+    ):
+        """RoI tokens (R, S², D) of all regions; row b's regions lie in image b. The config's quirks act here."""
         if len(tile_grids) != len(num_regions):
             raise ValueError(
                 f"regions need one image per row: got {len(tile_grids)} images for {len(num_regions)} rows"
             )
         grids, counts = [tuple(grid) for grid in tile_grids.tolist()], num_regions.tolist()
         tiles = tiles_TnnD.split([num_tiles(grid) for grid in grids])
+        if self.config.roi_first_tile:
+            tiles = [image_tiles[len(image_tiles) > 1 :] for image_tiles in tiles]
         sizes_R2 = image_sizes.repeat_interleave(num_regions, dim=0)
         boxes_R4 = region_boxes.float() / sizes_R2.flip(-1).repeat(1, 2)
+        sampled_R4 = boxes_R4
+        if self.config.roi_inclusive_boxes:
+            sampled_R4 = torch.cat((boxes_R4[:, :2], (region_boxes[:, 2:] - 1) / sizes_R2.flip(-1)), dim=1)
+        sampled_R4 = sampled_R4 * (scale or self.config.roi_spatial_scale or 1.0)
         features = [
             roi_align(merge_tiles(t, grid), boxes, self.config.roi_size, self.config.roi_sampling_ratio)
-            for t, grid, boxes in zip(tiles, grids, boxes_R4.split(counts), strict=True)
+            for t, grid, boxes in zip(tiles, grids, sampled_R4.split(counts), strict=True)
             if len(boxes)
         ]
         return self.region_replay(torch.cat(features), region_coverage, box_geometry(boxes_R4, sizes_R2))
 
-    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int) -> AnswerLayout:
+    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None) -> AnswerLayout:
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""
-        layout = AnswerLayout(prompt, num_answers, num_slots, self.config)
+        layout = AnswerLayout(prompt, num_answers, num_slots, self.config, lengths_A)
         end = int(layout.positions.max()) + 1
         limit = self.config.text_config.max_position_embeddings
         if end > limit:
@@ -589,9 +644,14 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return layout
 
     def score_answers(self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None) -> torch.Tensor:
-        """Logits (A, G, V) for slots (A, G); with a cache filled by `prefill`, only the answers' tokens are run."""
+        """Logits (A, G, V) for slots (A, G), or (A, W, V) for whole blocks (A, W).
+
+        With a cache filled by `prefill`, only the answers' tokens are run.
+        """
         name = self.config.attention_layout
-        answers_BXD = self.get_input_embeddings()(layout.token_ids(answer_ids))
+        slots_only = answer_ids.shape[1] == layout.num_slots
+        blocks_AW = layout.enclose(answer_ids) if slots_only else answer_ids
+        answers_BXD = self.get_input_embeddings()(layout.token_ids(blocks_AW))
         keys = prompt.roles.cat(layout.roles)
         positions = layout.positions
         if cache is None:
@@ -600,7 +660,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         else:
             queries, embeds = layout.roles, answers_BXD
         hidden = self._run(embeds, queries, keys, positions, cache)
-        return self.lm_head(layout.slots(hidden[:, -answers_BXD.shape[1] :]))
+        hidden_AWD = layout.pick(hidden[:, -answers_BXD.shape[1] :])
+        return self.lm_head(hidden_AWD[:, 1 : 1 + layout.num_slots] if slots_only else hidden_AWD)
 
     def prefill(self, prompt: Prompt, layout: AnswerLayout) -> PrefixCache | None:
         """Run the prompt once and keep its keys and values; exact only in the isolated layout.

@@ -129,7 +129,7 @@ class RegionCaptioningPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, Any]) -> list[list[dict[str, Any]]]:
         """Model outputs to a list per image of `{"caption", "score", "box"}`."""
         captions = self.processor.post_process_region_captions(model_outputs["output"], output_scores=True)
-        corners = iter(model_outputs["boxes"].tolist())
+        corners = iter(model_outputs["boxes"][model_outputs["output"].region_indices].tolist())
         names = ("xmin", "ymin", "xmax", "ymax")
         return [
             [{**region, "box": dict(zip(names, next(corners), strict=True))} for region in regions]

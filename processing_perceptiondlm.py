@@ -14,7 +14,9 @@ s tile side in pixels, P patches per tile side, K region prompts:
     image_sizes      (images, 2) int64      height and width of each image in pixels
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
-    prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch the k-th region covers, in [0, 1]
+    prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
+    prompt_ids       (R,) int64             under `vision`: prompt id of each region
+    region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
 """
 
 from collections.abc import Sequence
@@ -62,6 +64,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
             coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
+        mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks one
+            pixel per patch of the resized mask, as the released model does, where small regions can vanish.
+        mask_threshold (`int`, defaults to 128): grey level from which a pixel of a lossily compressed mask picture
+            belongs to the region. The released model takes every level but 0.
+        sort_regions (`bool`): whether regions enter the sequence by area, largest first (released). Captions come back
+            in the order given in any case.
         system_prompt (`str`, *optional*), region_question (`str`): the turns of a region prompt.
     """
 
@@ -82,6 +90,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         roi_size=4,
         coverage_subsamples=2,
         max_regions_per_pass=None,
+        mask_sampling="area",
+        mask_threshold=128,
+        sort_regions=False,
         system_prompt="You are a helpful assistant.",
         region_question="Describe each masked region in detail.",
     ):
@@ -92,6 +103,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.use_roi_replay, self.num_region_prompts = use_roi_replay, num_region_prompts
         self.roi_size, self.coverage_subsamples = roi_size, coverage_subsamples
         self.max_regions_per_pass = max_regions_per_pass
+        self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
+        self.sort_regions = sort_regions
         self.system_prompt, self.region_question = system_prompt, region_question
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
@@ -116,7 +129,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "prompt_coverage",
+            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "prompt_coverage", "prompt_ids",
+            "region_order",
         ]  # fmt: skip
 
     @property
@@ -136,6 +150,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         masks: Any = None,
         boxes: Any = None,
         label_map: Any = None,
+        prompt_ids: Any = None,
         max_regions_per_pass: int | None = None,
         max_tiles: int | None = None,
         return_tensors: str = "pt",
@@ -150,6 +165,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 or a prompt rendered by `apply_chat_template` (one, or one per sample).
             masks, boxes, label_map: the regions, in any form of `region_masks`; one of the three. For a list of images,
                 a list with the regions of each.
+            prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list of
+                images a list of lists). By default 0, 1, ... in the order of the sequence.
             max_regions_per_pass, max_tiles: override the processor's.
             return_tensors: only "pt".
         Returns:
@@ -168,7 +185,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if len(given) > 1:
             raise ValueError(f"give regions in one form, got {given}")
         if given:
-            rows = self.region_rows(images, text, given[0], regions[given[0]], max_regions_per_pass, max_tiles)
+            form, value = given[0], regions[given[0]]
+            rows = self.region_rows(images, text, form, value, max_regions_per_pass, max_tiles, prompt_ids)
         elif text is None:
             raise ValueError("nothing to do: give regions (masks, boxes or label_map) to caption, or text to answer")
         else:
@@ -177,8 +195,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
-    def region_rows(self, images, text, form: str, regions, max_regions_per_pass=None, max_tiles=None) -> list[dict]:
+    def region_rows(
+        self, images, text, form: str, regions, max_regions_per_pass=None, max_tiles=None, prompt_ids=None
+    ) -> list[dict]:
         """One row per pass of every image."""
+        if self.region_conditioning == "none":
+            raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
         if images is None:
             raise ValueError(f"{form} were given without an image")
         batched = isinstance(images, (list, tuple))
@@ -188,21 +210,44 @@ class PerceptionDLMProcessor(ProcessorMixin):
         regions = list(regions) if batched and isinstance(regions, (list, tuple)) else [regions]
         if len(regions) != len(images):
             raise ValueError(f"{len(images)} images need {len(images)} entries of {form}, got {len(regions)}")
+        ids = [prompt_ids] if not batched or prompt_ids is None else list(prompt_ids)
+        ids = ids * len(images) if prompt_ids is None else ids
+        if len(ids) != len(images):
+            raise ValueError(f"{len(images)} images need {len(images)} lists of prompt_ids, got {len(ids)}")
         questions = self._per_sample(text, len(images)) if text is not None else [self.region_question] * len(images)
         rows = []
-        for index, (image, region, question) in enumerate(zip(images, regions, questions, strict=True)):
+        for index, (image, region, question, given) in enumerate(zip(images, regions, questions, ids, strict=True)):
             suffix = f"[{index}]" if batched else ""
             image = load_image(image, name=f"image{suffix}")
             size = (image.height, image.width)
-            masks = region_masks(size, **{form: region}, name=f"{form}{suffix}")
+            masks = region_masks(size, **{form: region}, name=f"{form}{suffix}", threshold=self.mask_threshold)
+            order = np.arange(len(masks))
+            if self.sort_regions:
+                order = masks.sum(axis=(1, 2)).argsort()[::-1]
             tiles, grid = self.tile(image, max_tiles)
             before, after = self._region_prompt(question)
             for group in self._groups(len(masks), max_regions_per_pass):
+                chosen = order[group]
                 row = {"sample_id": index, "tiles": tiles, "grids": [grid], "sizes": [size]}
-                row |= self._sequence(before, after, grid, len(masks[group]))
-                row |= self._region_features(masks[group], grid)
+                row |= {"order": chosen} if self.sort_regions else {}
+                row["prompt_ids"] = self._prompt_ids(given, chosen, len(masks), f"prompt_ids{suffix}")
+                row |= self._sequence(before, after, grid, row["prompt_ids"])
+                row |= self._region_features(masks[chosen], grid, row["prompt_ids"])
                 rows.append(row)
         return rows
+
+    def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str) -> np.ndarray:
+        """Prompt ids of the regions `chosen` for a pass, out of those given for all regions of an image."""
+        if given is None:
+            return np.arange(len(chosen))
+        accepted = f"one id below {self.num_region_prompts} per region, different ones within a pass, under 'vision'"
+        ids = np.asarray(given)
+        if self.region_conditioning != "vision" or ids.shape != (count,) or ids.dtype.kind not in "iu":
+            raise ValueError(f"{name} is {given!r} for {count} regions; accepted: {accepted}")
+        ids = ids[chosen].astype(np.int64)
+        if len(set(ids.tolist())) < len(ids) or ids.min() < 0 or ids.max() >= self.num_region_prompts:
+            raise ValueError(f"{name} gives a pass the ids {ids.tolist()}; accepted: {accepted}")
+        return ids
 
     def text_rows(self, images, text, max_tiles=None) -> list[dict]:
         """One row per text; each may have several images."""
@@ -282,21 +327,22 @@ class PerceptionDLMProcessor(ProcessorMixin):
         before, after = self.apply_chat_template(messages, add_generation_prompt=True).split(place)
         return self._tokenize(before), self._tokenize(after)
 
-    def _sequence(self, before: list[int], after: list[int], grid, num_regions: int) -> dict:
+    def _sequence(self, before: list[int], after: list[int], grid, prompt_ids: np.ndarray) -> dict:
         """Shared tokens with the regions' RoI spans between them: ids, roles and region ids."""
         head = self._expand_images(before, [grid], "region prompt")
         ids, roles, regions = list(head), [SHARED] * len(head), [-1] * len(head)
         newline = self._tokenize("\n")
-        for region in range(num_regions if self.use_roi_replay else 0):
-            prompt_id = region if self.region_conditioning == "vision" else 0
-            roi = self.tokenizer.convert_tokens_to_ids(ROI_TOKEN.format(prompt_id))
+        numbers = range(len(prompt_ids)) if self.attention_layout == "released" else prompt_ids.tolist()
+        for region, number in enumerate(numbers if self.use_roi_replay else ()):
+            place = number if self.region_conditioning == "vision" else 0
+            roi = self.tokenizer.convert_tokens_to_ids(ROI_TOKEN.format(place))
             ids += [roi] * self.roi_size**2 + newline
             roles += [ROI] * self.roi_size**2 + [SEPARATOR] * len(newline)
             regions += [region] * (self.roi_size**2 + len(newline))
         if self.use_roi_replay and self.attention_layout != "isolated":
             roles[-len(newline) :], regions[-len(newline) :] = [SHARED] * len(newline), [-1] * len(newline)
         ids, roles, regions = ids + after, roles + [SHARED] * len(after), regions + [-1] * len(after)
-        return {"ids": ids, "roles": roles, "regions": regions, "num_regions": num_regions}
+        return {"ids": ids, "roles": roles, "regions": regions, "num_regions": len(prompt_ids)}
 
     def _wrap(self, text: str, num_images: int) -> str:
         """Put a bare question into a user turn behind its images; a rendered prompt stays as it is."""
@@ -330,18 +376,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
-        side = self.tile_size
-        columns, rows = grid = self._grid(image.size, max_tiles)
-        pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
-        tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        if len(tiles) > 1:
-            thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-            tiles = np.concatenate((tiles, thumbnail[None]))
+        grid = self._grid(image.size, max_tiles)
+        tiles = self._cut(image, grid)
         mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
         normalised = (tiles.astype(np.float32) / 255.0 - mean) / std
         return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)), grid
 
-    def _region_features(self, masks: np.ndarray, grid: tuple[int, int]) -> dict:
+    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+        """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""
+        side, (columns, rows) = self.tile_size, grid
+        pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+        tiles = pixels.reshape(rows, side, columns, side, -1).swapaxes(1, 2).reshape(rows * columns, side, side, -1)
+        if len(tiles) == 1:
+            return tiles
+        thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        return np.concatenate((tiles, thumbnail.reshape(1, side, side, -1)))
+
+    def _region_features(self, masks: np.ndarray, grid: tuple[int, int], prompt_ids: np.ndarray) -> dict:
         """Boxes of the masks, and their coverage of box cells (`replay`) or of patches (`vision`)."""
         boxes = mask_boxes(masks)
         if self.region_conditioning == "replay":
@@ -349,10 +400,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 "boxes": boxes,
                 "coverage": box_coverage(masks, boxes, self.roi_size * self.coverage_subsamples),
             }
-        return {"boxes": boxes, "prompt_coverage": self._patch_coverage(masks, grid)}
+        pool = self._nearest_coverage if self.mask_sampling == "nearest" else self._patch_coverage
+        patches = self.patches_per_side
+        coverage = np.zeros((num_tiles(grid), self.num_region_prompts, patches, patches), np.float32)
+        coverage[:, prompt_ids] = pool(masks, grid, prompt_ids)
+        return {"boxes": boxes, "prompt_coverage": coverage}
 
-    def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Share of every patch of every tile that each region covers: (T, K, P, P)."""
+    def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int], _prompt_ids: np.ndarray) -> np.ndarray:
+        """Share of every patch of every tile that each of N regions covers: (T, N, P, P)."""
         (columns, rows), patches = grid, self.patches_per_side
         height, width = masks.shape[1:]
         cover = area_pool(
@@ -360,11 +415,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
         )
         tiled = cover.reshape(len(masks), rows, patches, columns, patches).transpose(1, 3, 0, 2, 4)
         tiled = tiled.reshape(rows * columns, len(masks), patches, patches)
-        if len(tiled) > 1:
-            thumbnail = area_pool(masks, np.linspace(0, width, patches + 1), np.linspace(0, height, patches + 1))
-            tiled = np.concatenate((tiled, thumbnail[None]))
-        missing = self.num_region_prompts - len(masks)
-        return np.pad(tiled, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        if len(tiled) == 1:
+            return tiled
+        thumbnail = area_pool(masks, np.linspace(0, width, patches + 1), np.linspace(0, height, patches + 1))
+        return np.concatenate((tiled, thumbnail[None]))
+
+    def _nearest_coverage(self, masks: np.ndarray, grid: tuple[int, int], prompt_ids: np.ndarray) -> np.ndarray:
+        """Whether one pixel of every patch belongs to each of N regions: (T, N, P, P), as the released model does it.
+
+        A picture of the prompt id on 255 is resized like the image; every level below 255 counts as region.
+        """
+        step = self.patch_size
+        pictures = [
+            Image.fromarray(np.where(mask, number, 255).astype(np.uint8))
+            for mask, number in zip(masks, prompt_ids, strict=True)
+        ]
+        tiles = np.concatenate([self._cut(picture, grid) for picture in pictures], axis=-1)  # (T, s, s, N)
+        return (tiles[:, ::step, ::step] != 255).transpose(0, 3, 1, 2).astype(np.float32)
 
     # --- batch ----------------------------------------------------------------------------------------------------
 
@@ -392,6 +459,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             ("boxes", "region_boxes"),
             ("coverage", "region_coverage"),
             ("prompt_coverage",) * 2,
+            *([("prompt_ids",) * 2] if self.region_conditioning == "vision" else []),
+            ("order", "region_order"),
         ):
             if found := [row[key] for row in rows if key in row]:
                 data[name] = torch.from_numpy(np.concatenate(found))

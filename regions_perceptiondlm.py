@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from http.client import HTTPException
 from io import BytesIO
 from itertools import pairwise
@@ -81,6 +82,7 @@ def region_masks(
     boxes: Any = None,
     label_map: Any = None,
     name: str | None = None,
+    threshold: int = 128,
 ) -> np.ndarray:
     """Return the regions of one image as bool masks (N, H, W), N >= 1, none empty, in the order given.
 
@@ -104,6 +106,7 @@ def region_masks(
         label_map: integer (H, W) array or tensor, PIL image of mode L, P, I;16 or I, or the path of one. 0 is
             background, every other value one region, in ascending order.
         name: what messages call the regions; by default the name of the argument given.
+        threshold: grey level from which a pixel of a lossily compressed mask picture belongs to the region.
 
     Raises:
         TypeError: for an object that is none of these forms.
@@ -123,7 +126,7 @@ def region_masks(
     if boxes is not None:
         regions, to_mask = _split_boxes(boxes, name), _mask_from_box
     else:
-        regions, to_mask = _split_masks(masks), _mask_from_region
+        regions, to_mask = _split_masks(masks), partial(_mask_from_region, threshold=threshold)
     if len(regions) == 0:
         raise ValueError(f"{name} holds no region; accepted: at least 1")
     masks_NHW = np.empty((len(regions), *size_HW), dtype=bool)
@@ -299,16 +302,16 @@ def _split_masks(masks: Any) -> Sequence[Any] | np.ndarray:
     return [masks] if is_polygon else masks
 
 
-def _mask_from_region(region: Any, size_HW: tuple[int, int], name: str) -> np.ndarray:
+def _mask_from_region(region: Any, size_HW: tuple[int, int], name: str, threshold: int) -> np.ndarray:
     """The bool mask (H, W) of one region in any form but a box."""
     if isinstance(region, Mapping):
-        return _mask_from_dict(region, size_HW, name)
+        return _mask_from_dict(region, size_HW, name, threshold)
     if isinstance(region, (list, tuple)):
         return _mask_from_polygon([region] if region and _is_numbers(region) else region, size_HW, name)
     if isinstance(region, (str, os.PathLike)):
         region = _open_image(region, name)
     if isinstance(region, Image.Image):
-        return _mask_from_array(_values_from_picture(region, name), size_HW, name)
+        return _mask_from_array(_values_from_picture(region, name, threshold), size_HW, name)
     array = _as_array(region)
     if array is None:
         raise TypeError(f"{name} is a {type(region).__name__}; accepted: {MASK_FORMS}")
@@ -318,10 +321,10 @@ def _mask_from_region(region: Any, size_HW: tuple[int, int], name: str) -> np.nd
     return _mask_from_array(array, size_HW, name)
 
 
-def _mask_from_dict(region: Mapping, size_HW: tuple[int, int], name: str) -> np.ndarray:
+def _mask_from_dict(region: Mapping, size_HW: tuple[int, int], name: str, threshold: int) -> np.ndarray:
     for key in ("mask", "segmentation"):
         if key in region:
-            return _mask_from_region(region[key], size_HW, name)
+            return _mask_from_region(region[key], size_HW, name, threshold)
     if "counts" in region:
         return _mask_from_rle(region, size_HW, name)
     accepted = "size and counts, segmentation, or mask (masks: only as one image's whole input)"
@@ -344,7 +347,7 @@ def _mask_from_array(array: np.ndarray, size_HW: tuple[int, int], name: str) -> 
     return mask_HW
 
 
-def _values_from_picture(image: Image.Image, name: str) -> np.ndarray:
+def _values_from_picture(image: Image.Image, name: str, threshold: int) -> np.ndarray:
     """The values (H, W) of a mask that is a picture; those near 0 and 255 as bool."""
     image = _load_pixels(image, name)
     if image.mode == "RGB":
@@ -361,7 +364,7 @@ def _values_from_picture(image: Image.Image, name: str) -> np.ndarray:
     if near < LOSSY_SHARE:
         accepted = f"{{0, 1}}, {{0, 255}}, or {LOSSY_SHARE:.0%} within {LOSSY_TOLERANCE} of 0 or 255"
         raise ValueError(f"{name} has {near:.1%} of its grey values near 0 or 255; accepted: {accepted}")
-    return values_HW >= 128
+    return values_HW >= threshold
 
 
 def _mask_from_rle(region: Mapping, size_HW: tuple[int, int], name: str) -> np.ndarray:

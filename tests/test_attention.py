@@ -164,12 +164,8 @@ def test_unknown_layout_is_refused():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_isolated_positions_are_those_of_the_single_region_sequences(seed):
-    prompts, blocks, num_blocks, width = random_rows(seed, "isolated")
-    prompt = as_roles(prompts)
-    marked = torch.tensor([any(token[0] == "R" for token in row) for row in prompts])
-    found = torch.cat(
-        (prompt_positions(prompt, "isolated"), block_positions(prompt, num_blocks, width, marked, "isolated")), dim=1
-    )
+    prompts, blocks, num_blocks, _ = random_rows(seed, "isolated")
+    found = all_positions(prompts, blocks, num_blocks, "isolated")
     compared = 0
     for row, (before, after) in enumerate(zip(prompts, blocks, strict=True)):
         tokens = before + after
@@ -185,20 +181,19 @@ def test_isolated_positions_are_those_of_the_single_region_sequences(seed):
 @pytest.mark.parametrize("layout", ["released", "full"])
 @pytest.mark.parametrize("seed", range(2))
 def test_other_layouts_count_tokens(layout, seed):
-    """arange over prompt and answers, padding between them taking no position."""
-    prompts, blocks, num_blocks, width = random_rows(seed, layout)
-    prompt = as_roles(prompts)
-    marked = torch.tensor([any(token[0] == "R" for token in row) for row in prompts])
-    found = torch.cat(
-        (prompt_positions(prompt, layout), block_positions(prompt, num_blocks, width, marked, layout)), dim=1
-    )
+    """arange over prompt and answers, padding taking no position."""
+    prompts, blocks, num_blocks, _ = random_rows(seed, layout)
+    found = all_positions(prompts, blocks, num_blocks, layout)
     for row, (before, after) in enumerate(zip(prompts, blocks, strict=True)):
-        length = sum(token[0] != "P" for token in before)
-        assert found[row, :length].tolist() == list(range(length))
-        first = 0 if marked[row] else 1  # an answer without a region has no marker
-        answers = [index for index, token in enumerate(after) if index >= first]
-        expected = [length + index - first for index in answers]
-        assert found[row, len(before) + first :].tolist() == expected
+        tokens = torch.tensor([token[0] != "P" for token in before + after])
+        assert found[row, tokens].tolist() == list(range(int(tokens.sum())))
+
+
+def all_positions(prompts, blocks, num_blocks, layout):
+    """Position ids of prompts and blocks."""
+    prompt, answers = as_roles(prompts), as_roles(blocks)
+    pair = (prompt_positions(prompt, layout), block_positions(prompt, answers, num_blocks, layout))
+    return torch.cat(pair, dim=1)
 
 
 def test_exclusive_cumsum_counts_what_came_before():

@@ -24,6 +24,13 @@ from perceptiondlm.processing_perceptiondlm import (
 from perceptiondlm.training.scenes import draw_scene, scene_conversation
 
 
+# What PerceptionDLM adds to LLaDA's tokenizer, in the order of the released ids (126349 to 126374).
+VISION_TOKENS = (IMAGE_TOKEN, IMAGE_START, IMAGE_END)
+REGION_TOKENS = (
+    *(CAPTION_TOKEN.format(i) for i in range(16)),
+    *(PROMPT_TOKEN.format(i) for i in range(6)),
+    "<NO_Prompt>",
+)
 SPECIAL_TOKENS = (
     "<|startoftext|>",
     END_OF_TEXT,
@@ -32,12 +39,8 @@ SPECIAL_TOKENS = (
     "<|start_header_id|>",
     "<|end_header_id|>",
     END_OF_TURN,
-    IMAGE_TOKEN,
-    IMAGE_START,
-    IMAGE_END,
-    *(CAPTION_TOKEN.format(i) for i in range(16)),
-    *(PROMPT_TOKEN.format(i) for i in range(6)),
-    "<NO_Prompt>",
+    *VISION_TOKENS,
+    *REGION_TOKENS,
 )
 
 
@@ -48,6 +51,31 @@ def scene_texts(seed: int, num_images: int) -> Iterable[str]:
         scene = draw_scene(seed, index)
         yield from (item.caption for item in scene.objects)
         yield from (f"{question}\n{answer}" for question, answer in scene_conversation(scene))
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | list[int]]:
+    """The id fields of `PerceptionDLMConfig` as this tokenizer has them; region tokens it lacks are left out.
+
+    Raises:
+        ValueError: if it lacks a token that every model needs.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (IMAGE_TOKEN, MASK_TOKEN, END_OF_TURN, END_OF_TEXT) if token not in vocabulary]
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if missing or len(newline) != 1:
+        raise ValueError(f"the tokenizer lacks {missing or 'a single token for the newline'}")
+    ids: dict[str, int | list[int]] = {
+        "image_token_id": vocabulary[IMAGE_TOKEN],
+        "mask_token_id": vocabulary[MASK_TOKEN],
+        "newline_token_id": newline[0],
+        "end_of_turn_token_id": vocabulary[END_OF_TURN],
+        "end_of_text_token_id": vocabulary[END_OF_TEXT],
+    }
+    for field, name in (("roi_token_ids", ROI_TOKEN), ("caption_token_ids", CAPTION_TOKEN)):
+        tokens = [name.format(i) for i in range(16)]
+        if all(token in vocabulary for token in tokens):
+            ids[field] = [vocabulary[token] for token in tokens]
+    return ids
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -23,42 +23,22 @@ from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.processing_perceptiondlm import (
-    CAPTION_TOKEN,
-    END_OF_TEXT,
-    END_OF_TURN,
-    IMAGE_TOKEN,
-    MASK_TOKEN,
-    ROI_TOKEN,
-    PerceptionDLMProcessor,
-)
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.checkpoint import export, prepare_config, register_auto_classes
 from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.data import AnswerCollator, SceneDataset
 from perceptiondlm.training.plot import plot_log
-from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
+from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts, special_token_ids
 from perceptiondlm.training.trainer import PerceptionDLMTrainer, SceneEvaluation
 
 
 def build_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PerceptionDLMConfig:
     """A model config whose ids are the tokenizer's."""
-
-    def ids(name: str, count: int) -> list[int]:
-        return tokenizer.convert_tokens_to_ids([name.format(i) for i in range(count)])
-
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
     special = {"bos_token_id": tokenizer.bos_token_id}
     special |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return PerceptionDLMConfig(
-        **{**model, "text_config": {**text, **special, **model["text_config"]}},
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        mask_token_id=tokenizer.convert_tokens_to_ids(MASK_TOKEN),
-        newline_token_id=tokenizer("\n", add_special_tokens=False)["input_ids"][0],
-        end_of_turn_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        end_of_text_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
-        roi_token_ids=ids(ROI_TOKEN, 16),
-        caption_token_ids=ids(CAPTION_TOKEN, 16),
-    )
+    text_config = {**text, **special, **model["text_config"]}
+    return PerceptionDLMConfig(**{**model, "text_config": text_config}, **special_token_ids(tokenizer))
 
 
 def build_model(run: RunConfig) -> tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]:
