@@ -294,7 +294,7 @@ class PerceptionDLMGenerationMixin:
         Args:
             input_ids: (B, L), and in `kwargs` the other tensors of [`PerceptionDLMProcessor`].
             sample_ids: (B,) sample of each row; an image whose regions are split over several passes has several rows.
-            region_order: (R,) place in the caller's order of each region within its sample, if rows hold them in another.
+            region_order: (R,) place of each region in its sample as the caller gave it, if rows hold another order.
             generation_config: settings; keywords of [`PerceptionDLMGenerationConfig`] in `kwargs` override them.
             generator: source of randomness for sampling (or set `seed`).
             streamer: its `put_draft` receives the ids (A, G) after every step, and `end()` is called at the end.

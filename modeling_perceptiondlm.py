@@ -515,7 +515,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         prompt_ids=None,
         roi_scale=None,
     ) -> Prompt:
-        """Embed the text, put image features and RoI tokens in their places; `roi_scale` replaces `roi_spatial_scale`."""
+        """Embed the text, put image features and RoI tokens in place; `roi_scale` replaces `roi_spatial_scale`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if (token_roles is None) != (region_ids is None):

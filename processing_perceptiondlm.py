@@ -64,8 +64,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
-        mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks one
-            pixel per patch of the resized mask, as the released model does, where small regions can vanish.
+        mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks
+            one pixel per patch of the resized mask, as the released model does, where small regions can vanish.
         mask_threshold (`int`, defaults to 128): grey level from which a pixel of a lossily compressed mask picture
             belongs to the region. The released model takes every level but 0.
         sort_regions (`bool`): whether regions enter the sequence by area, largest first (released). Captions come back
@@ -165,8 +165,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 or a prompt rendered by `apply_chat_template` (one, or one per sample).
             masks, boxes, label_map: the regions, in any form of `region_masks`; one of the three. For a list of images,
                 a list with the regions of each.
-            prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list of
-                images a list of lists). By default 0, 1, ... in the order of the sequence.
+            prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list
+                of images a list of lists). By default 0, 1, ... in the order of the sequence.
             max_regions_per_pass, max_tiles: override the processor's.
             return_tensors: only "pt".
         Returns:

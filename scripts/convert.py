@@ -27,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("perceptiondlm", "released", "region"),
         default="perceptiondlm",
-        help="this repository's layout (default), the released one, or a region model with fresh region parts on a base",
+        help="this repository's layout (default), the released one, or a base model with fresh region parts",
     )
     parser.add_argument("--vision-tower", help="directory or Hub id of a SigLIP2 tower to join to LLaDA (stage 1)")
-    parser.add_argument("--region-conditioning", choices=("replay", "vision"), default="replay", help="with --to region")
+    conditionings = ("replay", "vision")
+    parser.add_argument("--region-conditioning", choices=conditionings, default="replay", help="with --to region")
     parser.add_argument("--attention-layout", choices=ATTENTION_LAYOUTS, default="isolated", help="with --to region")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
     parser.add_argument("--dtype", choices=names, help="of the weights written; by default the source's")
@@ -68,7 +69,9 @@ def parse_size(text: str) -> int:
 
 def print_report(report: Report) -> None:
     """What was used, dropped and made anew, and what it took."""
-    print(f"{report.kind} -> {report.target}: {report.used} tensors used, {report.num_bytes / 1e9:.2f} GB {report.dtype}")
+    print(
+        f"{report.kind} -> {report.target}: {report.used} tensors used, {report.num_bytes / 1e9:.2f} GB {report.dtype}"
+    )
     reasons: dict[str, list[str]] = {}
     for name, reason in report.dropped.items():
         reasons.setdefault(reason, []).append(name)

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipModel, pipeline
 
-from perceptiondlm.attention_perceptiondlm import allowed_attention, prompt_positions
+from perceptiondlm.attention_perceptiondlm import PAD, allowed_attention, prompt_positions
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.scripts.conversion import convert as conversion
 from perceptiondlm.scripts.conversion.convert import Options, convert
-from perceptiondlm.scripts.conversion.layouts import RELEASED_PROCESSOR, RELEASED_QUIRKS
+from perceptiondlm.scripts.conversion.layouts import RELEASED_PROCESSOR, RELEASED_QUIRKS, TO_RELEASED_RULES, rename
 from perceptiondlm.training.checkpoint import export
 
 
@@ -159,6 +159,28 @@ def released_loss(model, training_case, seed):
 
 
 @needs_reference
+def test_three_regions_stand_and_attend_as_released(parallel, training_case):
+    """Captions of different lengths: embeddings, positions and the attention mask of the whole sequence."""
+    model = parallel[0]
+    _, recorded, inputs, labels, _ = training_case
+    with torch.no_grad():
+        prompt = model.embed_prompt(
+            **{k: v for k, v in inputs.items() if k not in ("sample_ids", "region_order")},
+            roi_scale=model.config.roi_training_spatial_scale,
+        )
+        layout = model.lay_out_answers(prompt, 3, labels.shape[1], (labels != -100).sum(dim=1))
+        ids = layout.token_ids(layout.enclose(labels.clamp(min=0)))
+        embeds = torch.cat((prompt.embeds, model.get_input_embeddings()(ids)), dim=1)
+    roles = prompt.roles.cat(layout.roles)
+    there = (roles.role != PAD)[0]
+    positions = torch.cat((prompt_positions(prompt.roles, "released"), layout.positions), dim=1)[:, there]
+    assert torch.equal(positions, recorded["position_ids"])
+    close(embeds[:, there], recorded["inputs_embeds_replayed"], 5e-5)
+    allowed = allowed_attention(roles, roles, "released")[:, :, there][:, :, :, there]
+    assert torch.equal(allowed, recorded["attn_allowed_4d"].bool())
+
+
+@needs_reference
 @pytest.mark.parametrize("seed", [7, 11, 1234])
 def test_training_loss_matches(parallel, training_case, seed):
     """Markers, newlines and end of turn are noised and supervised, too."""
@@ -175,11 +197,7 @@ def test_gradient_norms_match(parallel, training_case, reference):
     released_loss(model, training_case, 7).loss.backward()
     compared = 0
     for name, parameter in model.named_parameters():
-        released = name.replace("vision_tower.", "vision_model.vision_model.")
-        released = released.replace("language_model.", "language_model.model.").replace("region_prompts", "mask_id_embedding")
-        released = re.sub(r"^lm_head", "language_model.lm_head", released)
-        released = re.sub(r"^projector.linear_(\d)", lambda m: f"vision_abstractor.projection.{2 * (int(m[1]) - 1)}", released)
-        expected = norms[released]
+        expected = norms[rename(name, TO_RELEASED_RULES)]
         assert (parameter.grad is None) == (expected is None), name
         if expected is not None:  # a key's bias shifts all scores alike: its gradient is rounding noise
             assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-3, abs=1e-5), name
@@ -427,7 +445,9 @@ def test_tower_and_llada_make_a_stage_1_model(llada, tower, tmp_path):
     for name, weight in llada[2].state_dict().items():
         assert torch.equal(weights[name.replace("model.", "language_model.", 1)], weight), name
     vision = tower[1].vision_model.state_dict()
-    assert torch.equal(weights["vision_tower.embeddings.patch_embedding.weight"], vision["embeddings.patch_embedding.weight"])
+    assert torch.equal(
+        weights["vision_tower.embeddings.patch_embedding.weight"], vision["embeddings.patch_embedding.weight"]
+    )
     assert 0 < float(weights["projector.linear_1.weight"].std()) < 0.1
     assert any("head" in name for name in report.dropped)
     model, processor = load(tmp_path / "model")
@@ -450,7 +470,7 @@ def test_base_becomes_a_region_model(llada, tower, tmp_path, scene):
         report = convert(Options(str(tmp_path / "base"), target, to="region", region_conditioning=conditioning))
         after = contents(target)
         assert all(torch.equal(after[name], before[name]) for name in before)
-        assert report.fresh == [name for name in after if name.startswith(prefix)]
+        assert sorted(report.fresh) == sorted(name for name in after if name.startswith(prefix))
         assert all(float(after[name].abs().sum()) > 0 for name in report.fresh if name.endswith("weight"))
         pipe = pipeline("region-captioning", model=str(target), trust_remote_code=True)
         assert len(pipe(scene.image, masks=[item.mask for item in scene.objects], steps=2)) == len(scene.objects)
@@ -464,7 +484,11 @@ def test_rows_for_added_tokens_are_grown(llada, tower, tmp_path, tokenizer):
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < keep]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")}
+    settings = {
+        k: v
+        for k, v in settings.items()
+        if k not in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     weights = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -599,7 +623,7 @@ def test_an_existing_target_is_left_alone(source, tmp_path):
 def test_a_full_disk_is_noticed_before_writing(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(OSError, match="the disk has 0.00 GiB free"):
+    with pytest.raises(OSError, match=r"the disk has 0\.00 GiB free"):
         convert(Options(str(source), tmp_path / "target"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -652,11 +676,15 @@ def test_command_line(released, tmp_path):
     """The command prints what it used and dropped; wrong input is one line and exit status 2."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "perceptiondlm.scripts.cli", "convert"]
-    good = subprocess.run([*command, str(released), str(tmp_path / "t")], capture_output=True, text=True, env=environment)
+    good = subprocess.run(
+        [*command, str(released), str(tmp_path / "t")], capture_output=True, text=True, env=environment
+    )
     assert good.returncode == 0, good.stderr
     assert re.search(r"released -> .*t: \d+ tensors used", good.stdout)
     assert "peak memory" in good.stdout
-    bad = subprocess.run([*command, str(released), str(tmp_path / "t")], capture_output=True, text=True, env=environment)
+    bad = subprocess.run(
+        [*command, str(released), str(tmp_path / "t")], capture_output=True, text=True, env=environment
+    )
     assert bad.returncode == 2
     assert "exists already" in bad.stderr.splitlines()[-1]
     assert "Traceback" not in bad.stderr

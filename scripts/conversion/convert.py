@@ -33,7 +33,7 @@ from perceptiondlm.training.checkpoint import prepare_config, register_auto_clas
 RECORD = "conversion.json"  # what a target was made of, kept beside it
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 OTHER_FILES = 64 * 2**20  # room for tokenizer, code and configs
-MIXED = "the parts for {} need regions: choose --to region"
+NEW_ROWS_DEVIATION = 0.02  # of embeddings for added tokens
 
 
 @dataclass
@@ -80,20 +80,22 @@ def convert(options: Options) -> Report:
     check_combination(options, kind, [recipes.detect(tower) for tower in towers])
     source = Checkpoint(folder)
     plan = Plan()
+    recipe = content = None
     if options.to == "released":
-        recipe, content = None, released_content(folder)
+        content = released_content(folder)
         plan.add(source, layouts.TO_RELEASED_RULES)
-        plan.check({name: plan.stored(name).shape for name in plan.used})
+        shapes = {name: plan.stored(name).shape for name in plan.used}
     else:
         plan.add(source, recipes.RULES[kind])
         for tower in towers:
             plan.add(Checkpoint(tower), recipes.RULES["siglip"])
         recipe = make_recipe(options, kind, folder, towers, vocabulary_rows(plan))
-        content = None
-        grown = {name: plan.stored(name).shape for name in recipes.VOCABULARY if grows(plan, name, recipe)}
-        plan.check({**target_shapes(recipe.config), **grown}, recipe.fresh)
+        shapes = target_shapes(recipe.config)
+        plan.check(shapes, recipe.fresh, recipes.VOCABULARY)
     dtype = plan.dtype(options.dtype)
-    parts = make_parts(plan, recipe, dtype, options)
+    parts = make_parts(plan, shapes, dtype, options)
+    if recipe is not None and plan.fresh:
+        parts.append(fresh_part(recipe.config, plan.fresh, dtype, options.seed))
     num_bytes = sum(part.num_bytes for part in parts)
     with new_folder(options.target, num_bytes + OTHER_FILES) as partial_folder:
         write_shards(partial_folder, parts)
@@ -162,11 +164,6 @@ def vocabulary_rows(plan: Plan) -> int:
     return rows[0]
 
 
-def grows(plan: Plan, name: str, recipe: recipes.Recipe) -> bool:
-    """Whether rows for added tokens follow those of the source."""
-    return plan.stored(name).shape[0] < recipe.config.text_config.vocab_size
-
-
 def target_shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model, without making it."""
     with torch.device("meta"):
@@ -174,21 +171,17 @@ def target_shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
-def make_parts(plan: Plan, recipe: recipes.Recipe | None, dtype: torch.dtype, options: Options) -> list[Part]:
-    """The target's shards: those of the source, split where they exceed the largest size, then what is fresh."""
-    parts, size = [], dtype.itemsize
+def make_parts(plan: Plan, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, options: Options) -> list[Part]:
+    """The target's shards: those of the source, split where they exceed the largest size."""
     by_shard: dict[tuple[int, str], list[str]] = {}
-    for target in plan.used:
-        source, name = plan.used[target]
+    for target, (source, name) in plan.used.items():
         by_shard.setdefault((id(source), source.tensors[name].shard), []).append(target)
-    for targets in by_shard.values():
-        for group in split(targets, [plan.stored(name).num_elements * size for name in targets], options.max_shard_size):
-            rows = {} if recipe is None else {n: recipe.config.text_config.vocab_size for n in recipes.VOCABULARY}
-            parts.append(Part(partial(read_part, plan, group, rows, dtype, options.seed), part_bytes(plan, group, rows, size)))
-    if plan.fresh and recipe is not None:
-        fresh = {name: tensor.to(dtype) for name, tensor in fresh_tensors(recipe.config, plan.fresh, options.seed).items()}
-        parts.append(Part(lambda: fresh, sum(tensor.nbytes for tensor in fresh.values())))
-    return parts
+    sizes = {name: int(torch.Size(shapes[name]).numel()) * dtype.itemsize for name in plan.used}
+    return [
+        Part(partial(read_part, plan, group, shapes, dtype, options.seed), sum(sizes[name] for name in group))
+        for targets in by_shard.values()
+        for group in split(targets, [sizes[name] for name in targets], options.max_shard_size)
+    ]
 
 
 def split(names: list[str], sizes: list[int], largest: int) -> list[list[str]]:
@@ -204,31 +197,21 @@ def split(names: list[str], sizes: list[int], largest: int) -> list[list[str]]:
     return groups
 
 
-def part_bytes(plan: Plan, group: list[str], rows: dict[str, int], itemsize: int) -> int:
-    """Bytes of a group of target tensors, grown rows included."""
-    total = 0
-    for name in group:
-        shape = plan.stored(name).shape
-        shape = (max(rows.get(name, 0), shape[0]), *shape[1:]) if shape else shape
-        total += int(torch.Size(shape).numel()) * itemsize
-    return total
-
-
-def read_part(plan: Plan, group: list[str], rows: dict[str, int], dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """The target tensors of one group, which lie in one source shard."""
+def read_part(plan: Plan, group: list[str], shapes, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """The target tensors of one group, which lie in one source shard; vocabularies grow rows for added tokens."""
     source, first = plan.used[group[0]]
     tensors = source.read(source.tensors[first].shard, [plan.used[name][1] for name in group])
     result = {name: tensors[plan.used[name][1]].to(dtype) for name in group}
-    for name in set(rows) & set(group):
-        missing = rows[name] - len(result[name])
-        if missing > 0:
+    for name in set(recipes.VOCABULARY) & set(group):
+        missing = shapes[name][0] - len(result[name])
+        if missing:
             generator = torch.Generator().manual_seed(seed)
-            new = torch.randn(missing, result[name].shape[1], generator=generator) * 0.02
-            result[name] = torch.cat((result[name], new.to(dtype)))
+            rows = torch.randn(missing, shapes[name][1], generator=generator) * NEW_ROWS_DEVIATION
+            result[name] = torch.cat((result[name], rows.to(dtype)))
     return result
 
 
-def fresh_tensors(config: PerceptionDLMConfig, names: list[str], seed: int) -> dict[str, torch.Tensor]:
+def fresh_part(config: PerceptionDLMConfig, names: list[str], dtype: torch.dtype, seed: int) -> Part:
     """New parts as a new model has them, taken from a model of the same widths with next to nothing else in it."""
     small = copy.deepcopy(config)
     small.vision_feature_layer = -1
@@ -238,7 +221,8 @@ def fresh_tensors(config: PerceptionDLMConfig, names: list[str], seed: int) -> d
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = PerceptionDLMForConditionalGeneration(small).state_dict()
-    return {name: weights[name].contiguous() for name in names}
+    tensors = {name: weights[name].to(dtype).contiguous() for name in names}
+    return Part(lambda: tensors, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def write_model_files(folder: Path, recipe: recipes.Recipe, dtype: torch.dtype) -> None:

@@ -151,7 +151,12 @@ def pick(config: Mapping[str, Any], fields: Mapping[str, str], where: str) -> di
 
 def llama_text_config(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
     """`text_config` of a LLaDA config in Llama's naming."""
-    accepted = {"attention_bias": (False,), "rope_scaling": (None,), "tie_word_embeddings": (False,), "hidden_act": ("silu",)}  # fmt: skip
+    accepted = {
+        "attention_bias": (False,),
+        "rope_scaling": (None,),
+        "tie_word_embeddings": (False,),
+        "hidden_act": ("silu",),
+    }
     require(config, accepted, where)
     fields = pick(config, {name: name for name in LLAMA_FIELDS}, where)
     return {**fields, **rotary(config)}
@@ -186,7 +191,9 @@ def siglip_vision_config(config: Mapping[str, Any], where: str = "config.json") 
 def released_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `PerceptionDLMConfig` for a released config (`pdmllm`: regions, `dmllm`: base)."""
     require(config, {"replacement_noise_mode": (False,)}, "config.json")
-    require(config.get("vision_abstractor_config", {}), {"projection_type": ("mlp2x_gelu",)}, "vision_abstractor_config")
+    require(
+        config.get("vision_abstractor_config", {}), {"projection_type": ("mlp2x_gelu",)}, "vision_abstractor_config"
+    )
     fields: dict[str, Any] = {
         "vision_config": siglip_vision_config(config["vision_model_config"], "vision_model_config"),
         "text_config": llama_text_config(config["language_model_config"], "language_model_config"),

@@ -43,12 +43,15 @@ class Plan:
         source, name = self.used[target]
         return source.tensors[name]
 
-    def check(self, expected: dict[str, tuple[int, ...]], fresh_prefixes: tuple[str, ...] = ()) -> None:
+    def check(
+        self, expected: dict[str, tuple[int, ...]], fresh_prefixes: tuple[str, ...], growing: tuple[str, ...]
+    ) -> None:
         """Compare with the target's tensors; what is missing becomes fresh where allowed.
 
         Args:
             expected: name and shape of every target tensor.
             fresh_prefixes: beginnings of names that may be initialised anew.
+            growing: names of vocabularies, which may have fewer rows than the target.
         Raises:
             ValueError: for missing, superfluous or misshapen tensors.
         """
@@ -56,17 +59,18 @@ class Plan:
         if superfluous:
             raise ValueError(f"the source holds {name_some(superfluous)} that its config does not call for")
         absent = [name for name in expected if name not in self.used]
-        self.fresh = [name for name in absent if name.startswith(fresh_prefixes)] if fresh_prefixes else []
+        self.fresh = [name for name in absent if name.startswith(fresh_prefixes)]
         missing = [name for name in absent if name not in self.fresh]
         if missing:
             raise ValueError(f"the source does not fill {name_some(missing)} of the target")
-        wrong = [
-            f"{self.used[name][1]} is {self.stored(name).shape}, expected {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in self.used and self.stored(name).shape != tuple(shape)
-        ]
+        wrong = []
+        for name in expected.keys() & self.used.keys():
+            found, wanted = self.stored(name).shape, tuple(expected[name])
+            fits = found[1:] == wanted[1:] and found[0] <= wanted[0] if name in growing else found == wanted
+            if not fits:
+                wrong.append(f"{self.used[name][1]} is {found}, expected {wanted}")
         if wrong:
-            raise ValueError(f"shapes disagree with the config: {'; '.join(wrong[:5])}")
+            raise ValueError(f"shapes disagree with the config: {'; '.join(sorted(wrong)[:5])}")
 
     def dtype(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype of the target: the one asked for, or the one that all used tensors share."""

@@ -84,8 +84,8 @@ def finish_config(
 ) -> PerceptionDLMConfig:
     """A config from translated fields, with the tokenizer's ids and the vocabulary rows that the tensors have.
 
-    A published checkpoint has as many rows as its config says, or as its tokenizer has tokens. Rows for tokens that were
-    added to the tokenizer are grown.
+    A published checkpoint has as many rows as its config says, or as its tokenizer has tokens. Fewer rows than tokens
+    will grow.
     """
     if rows not in (declared, len(tokenizer)) and not rows < len(tokenizer):
         raise ValueError(
@@ -106,9 +106,7 @@ def released_recipe(folder: Path, rows: int) -> Recipe:
     ids = token_ids(tokenizer)
     if source["model_type"] == "dmllm":
         settings = {"max_new_tokens": 128, "steps": 128, "suppress_tokens": list(layouts.BASE_SUPPRESSED)}
-        return Recipe(
-            config, tokenizer, (), {"chat_template": layouts.BASE_CHAT_TEMPLATE}, {**settings, **ids}
-        )
+        return Recipe(config, tokenizer, (), {"chat_template": layouts.BASE_CHAT_TEMPLATE}, {**settings, **ids})
     settings = {"max_new_tokens": 32, "steps": 32, "shared_schedule": True, "remasking": True}
     return Recipe(config, tokenizer, (), dict(layouts.RELEASED_PROCESSOR), {**settings, **ids})
 
