@@ -13,6 +13,8 @@ from perceptiondlm.generation_perceptiondlm import (
     PerceptionDLMGenerationConfig,
     TokenSampler,
     linear_schedule,
+    rank_in_group,
+    released_schedule,
 )
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.scenes import draw_scene
@@ -358,6 +360,82 @@ def test_decoding_against_a_loop(replay, batch, steps, block_length):
     torch.testing.assert_close(output.confidences, confidences, atol=1e-4, rtol=0)
 
 
+def slow_remasking(model, batch, slots: int, steps: int) -> tuple[torch.Tensor, int]:
+    """The released rule for one image: after step s, the int(n (S - 1 - s) / S) slots whose new most probable token is
+    least confident are masked, decided or not; decided ones that stay keep their token."""
+    num_answers = int(batch["num_regions"].sum())
+    total = num_answers * slots
+    ids = torch.full((num_answers, slots), model.config.mask_token_id)
+    for step in range(steps):
+        probabilities = scores(model, batch, ids).double().softmax(dim=-1)
+        masked = ids == model.config.mask_token_id
+        ids = torch.where(masked, probabilities.argmax(dim=-1), ids)
+        confidence = {divmod(i, slots): float(probabilities[divmod(i, slots)].max()) for i in range(total)}
+        remaining = int(total * (steps - 1 - step) / steps)
+        for place in sorted(confidence, key=confidence.__getitem__)[:remaining]:
+            ids[place] = model.config.mask_token_id
+        if remaining == 0:
+            return ids, step + 1
+    raise AssertionError("some slots were never decided")
+
+
+@pytest.mark.parametrize("layout", ["released", "isolated"])
+@pytest.mark.parametrize("steps", [3, 6, 20, 40])
+def test_shared_schedule_with_remasking_against_a_loop(tiny_model, tiny_processor, scene, layout, steps):
+    model = tiny_model(region_conditioning="vision", attention_layout=layout)
+    batch = region_batch(tiny_processor(model), scene)
+    ids, passes = slow_remasking(model, batch, SLOTS, steps)
+    output = generate(model, batch, steps=steps, shared_schedule=True, remasking=True)
+    assert torch.equal(output.sequences, ids)
+    assert output.num_forward_passes == passes
+
+
+def test_images_of_a_batch_keep_their_own_shared_schedule(replay, tiny_processor, pictures):
+    """Images with different numbers of regions finish at different steps, and together as alone."""
+    processor, settings = tiny_processor(replay), {"steps": 11, "shared_schedule": True, "remasking": True}
+    batch = processor(images=[s.image for s in pictures], masks=[masks_of(s) for s in pictures])
+    together = generate(replay, batch, **settings)
+    for index, picture in enumerate(pictures):
+        alone = generate(replay, region_batch(processor, picture), **settings)
+        assert torch.equal(together.sequences[together.sample_ids == index], alone.sequences)
+
+
+def test_sharing_without_remasking_decides_the_surest_slots_of_all_regions(replay, batch):
+    """Decided tokens stay, and every step decides as many slots among all regions as the schedule says."""
+    settings = {"shared_schedule": True, "remasking": False}
+    decided, drafts = drafts_of(replay, batch, steps=5, **settings)
+    assert [int(found.sum()) for found in decided] == released_schedule(3 * SLOTS, 5)
+    assert any(len(set(found.sum(dim=1).tolist())) > 1 for found in decided)  # regions advance unevenly
+    for before, after, known in zip(drafts, drafts[1:], decided, strict=False):
+        assert torch.equal(before[known], after[known])
+
+
+def test_remasking_revises_decided_slots(replay, batch):
+    """Some slot is decided, masked again and decided otherwise; per region as many slots stay as without."""
+    decided, _ = drafts_of(replay, batch, steps=6, remasking=True)
+    assert [found.sum(dim=1).tolist() for found in decided] == [[count] * 3 for count in linear_schedule(SLOTS, 6)]
+    assert any((before & ~after).any() for before, after in itertools.pairwise(decided))
+
+
+@pytest.mark.parametrize(("slots", "steps"), [(16, 8), (16, 32), (48, 32), (7, 3), (1, 5)])
+def test_released_schedule_ends_where_nothing_is_masked(slots, steps):
+    masked = [slots - decided for decided in released_schedule(slots, steps)]
+    assert masked == [int(slots * (steps - 1 - step) / steps) for step in range(len(masked))]
+    assert masked[-1] == 0
+    assert all(masked[:-1])
+
+
+def test_ranks_within_groups_against_sorting():
+    generator = torch.Generator().manual_seed(0)
+    priority = torch.rand(6, 5, generator=generator).round(decimals=1)  # with ties: the first slot wins
+    groups = torch.tensor([0, 0, 1, 2, 2, 2])
+    ranks = rank_in_group(priority, groups)
+    for group in range(3):
+        places = [(row, slot) for row in range(6) for slot in range(5) if groups[row] == group]
+        ordered = sorted(places, key=lambda place: -float(priority[place]))
+        assert [int(ranks[place]) for place in ordered] == list(range(len(places)))
+
+
 def drafts_of(model, batch, **settings):
     """Which slots are decided after each step (list of (A, G) bool), and the drafts themselves."""
     recorder = Recorder()
@@ -548,6 +626,7 @@ def test_a_saved_generation_config_comes_back_the_same(tmp_path):
     settings = {
         "max_new_tokens": 12, "steps": 9, "block_length": 4, "sampler": "random", "temperature": 0.7, "top_k": 20,
         "top_p": 0.9, "suppress_tokens": [3, 5], "seed": 11, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+            "shared_schedule": True, "remasking": True,
     }  # fmt: skip
     assert set(settings) == set(PerceptionDLMGenerationConfig.fields())
     PerceptionDLMGenerationConfig(**settings).save_pretrained(tmp_path)

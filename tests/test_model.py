@@ -342,6 +342,100 @@ def test_isolated_a_caption_follows_its_marker(tiny_model, tiny_processor, scene
         torch.testing.assert_close(model(**batch, answer_ids=ids).logits, expected, atol=1e-4, rtol=0)
 
 
+def test_everything_of_a_prompt_id_moves_with_it(tiny_model, tiny_processor, scene):
+    """Ids 2, 0, 1 with the rows of prompt and marker embeddings moved along: the same logits as ids 0, 1, 2."""
+    plain, moved = (tiny_model(region_conditioning="vision", num_region_prompts=3) for _ in range(2))
+    ids = torch.tensor([2, 0, 1])
+    markers = torch.tensor(plain.config.caption_token_ids)
+    with torch.no_grad():
+        moved.region_prompts.weight[ids] = plain.region_prompts.weight
+        embeddings = moved.get_input_embeddings().weight
+        embeddings[markers[ids]] = plain.get_input_embeddings().weight[markers[:3]]
+    processor = tiny_processor(plain)
+    answers = torch.full((3, 5), plain.config.mask_token_id)
+    with torch.no_grad():
+        expected = plain(**region_batch(processor, scene), answer_ids=answers).logits
+        found = moved(**region_batch(processor, scene, prompt_ids=ids.tolist()), answer_ids=answers).logits
+        ignored = moved(**region_batch(processor, scene), answer_ids=answers).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(ignored, expected, atol=1e-2)
+
+
+def test_roi_quirks_move_the_box_and_the_map(tiny_model, tiny_processor):
+    """Each quirk equals the plain rule on a box, or on tiles, changed by hand."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 64, 3), dtype=np.uint8))
+    mask = np.zeros((128, 64), bool)
+    mask[20:100, 10:50] = True
+    plain = tiny_model()
+    batch = tiny_processor(plain)(images=image, masks=[mask])
+    with torch.no_grad():
+        tiles = plain.encode_tiles(batch["pixel_values"])
+    names = ("tile_grids", "image_sizes", "num_regions", "region_boxes", "region_coverage")
+    arguments = [batch[name] for name in names]
+    assert len(tiles) == 3  # two tiles and the thumbnail
+
+    def replayed(tiles=tiles, **quirks):
+        model = tiny_model(region_geometry=False, **quirks)
+        with torch.no_grad():
+            return model.replay_regions(tiles, *arguments)
+
+    def at(box):
+        changed = torch.tensor([box], dtype=torch.float64)
+        model = tiny_model(region_geometry=False)
+        with torch.no_grad():
+            return model.replay_regions(tiles, *arguments[:3], changed, arguments[4])
+
+    torch.testing.assert_close(replayed(), at([10, 20, 50, 100]))
+    torch.testing.assert_close(replayed(roi_inclusive_boxes=True), at([10, 20, 49, 99]))
+    torch.testing.assert_close(replayed(roi_spatial_scale=0.25), at([2.5, 5, 12.5, 25]))
+    torch.testing.assert_close(replayed(roi_first_tile=1), replayed(tiles=tiles[[1, 2, 0]]))
+    assert not torch.allclose(replayed(roi_first_tile=1), replayed(), atol=1e-2)
+
+
+def test_a_single_tile_is_its_own_map_under_every_quirk(tiny_model, tiny_processor):
+    """Without a thumbnail there is nothing to shift to."""
+    mask = np.zeros((64, 64), bool)
+    mask[8:40, 8:40] = True
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    found = []
+    for first in (0, 1):
+        model = tiny_model(roi_first_tile=first)
+        batch = tiny_processor(model)(images=image, masks=[mask])
+        with torch.no_grad():
+            found.append(model(**batch, answer_ids=torch.full((1, 4), model.config.mask_token_id)).logits)
+    assert torch.equal(*found)
+
+
+def test_training_has_its_own_box_scale(tiny_model, tiny_processor, scene):
+    """The released model trains at 1/28 and generates at 1/32."""
+    quirks = {"roi_spatial_scale": 1 / 4, "roi_training_spatial_scale": 1 / 2}
+    model, other = tiny_model(**quirks), tiny_model(roi_spatial_scale=1 / 2)
+    batch = training_batch(tiny_processor(model), scene)
+    answers = torch.full((3, 4), model.config.mask_token_id)
+    inputs = region_batch(tiny_processor(model), scene)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, other(**batch).loss)
+        generated = [m(**inputs, answer_ids=answers).logits for m in (model, other)]
+    assert not torch.allclose(*generated, atol=1e-3)
+
+
+def test_supervised_markers_give_captions_their_own_length(tiny_model, tiny_processor, scene):
+    """Blocks of different lengths in one batch have the loss they have alone, and nothing depends on the padding."""
+    model = tiny_model(attention_layout="released", region_conditioning="vision", supervise_markers=True)
+    processor = tiny_processor(model)
+    masks = [item.mask for item in scene.objects][:1]
+    labels = torch.randint(0, 400, (1, 7), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat((labels, torch.full((1, 4), -100)), dim=1)
+    certain = {"mask_probability": torch.ones(1, 1)}
+    inputs = processor(images=scene.image, masks=masks)
+    with torch.no_grad():
+        tight = model(**inputs, labels=labels, answer_noise=torch.zeros(1, 9), **certain)
+        loose = model(**inputs, labels=padded, answer_noise=torch.zeros(1, 13), **certain)
+    assert tight.logits.shape[:2] == (1, 9)  # marker, seven tokens, terminator
+    assert int(tight.masked.sum()) == int(loose.masked.sum()) == 9
+    torch.testing.assert_close(tight.loss, loose.loss)
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_other_layouts_write_the_released_sequence(tiny_model, tiny_processor, scene, conditioning):
     """`marker slots newline` per region, the last one ended by the end of turn; markers follow the prompt id."""
@@ -642,6 +736,10 @@ def test_unknown_preset_is_refused():
         ({"region_conditioning": "vision", "num_region_prompts": 17}, "roi_token_ids holds 16 ids, 17"),
         ({"roi_size": 0}, "roi_size.*0"),
         ({"num_region_prompts": 0}, "num_region_prompts.*0"),
+        ({"roi_first_tile": 2}, "roi_first_tile.*2"),
+        ({"roi_spatial_scale": 0.0}, r"roi_spatial_scale.*\(0, 1\].*0.0"),
+        ({"roi_training_spatial_scale": 32}, "roi_training_spatial_scale.*32"),
+        ({"text_only": True}, "text_only=True.*none.*replay"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tiny_model, overrides, message):

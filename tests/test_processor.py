@@ -1,5 +1,6 @@
 """The processor: batches as documented, tiling, prompts, coverage, answers, and what it refuses."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,7 @@ def test_batch_holds_the_documented_keys_shapes_and_dtypes(conditioning, replay,
         expected["region_coverage"] = ((regions, 2 * BINS, 2 * BINS), torch.float32)
     else:
         expected["prompt_coverage"] = ((tiles, 3, PATCHES, PATCHES), torch.float32)
+        expected["prompt_ids"] = ((regions,), torch.int64)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()} == expected
     assert set(expected) <= set(processor.model_input_names)
     assert batch["num_regions"].tolist() == [1, 2]
@@ -584,3 +586,43 @@ def test_from_config_keeps_the_processor_in_step(tiny_model, tokenizer):
     assert (processor.coverage_subsamples, processor.pixel_unshuffle) == (4, 3)
     assert processor.patches_per_side == config.patches_per_side
     assert processor.tokens_per_tile == config.tokens_per_side**2
+
+
+# --- prompt ids and the released order ----------------------------------------------------------------------------
+
+
+def test_prompt_ids_move_coverage_and_placeholders(vision):
+    """Region i's coverage stands under its id, and so does its RoI placeholder."""
+    plain = vision(images=WIDE, masks=WIDE_MASKS)
+    moved = vision(images=WIDE, masks=WIDE_MASKS, prompt_ids=[2, 0])
+    assert torch.equal(moved["prompt_coverage"][:, [2, 0]], plain["prompt_coverage"][:, :2])
+    assert not moved["prompt_coverage"][:, 1].any()
+    assert moved["prompt_ids"].tolist() == [2, 0]
+    assert re.findall(r"reserved_token_(\d)", decoded_rows(vision, moved)[0])[:: BINS**2] == ["2", "0"]
+
+
+def test_passes_take_the_prompt_ids_of_their_regions(vision):
+    batch = vision(images=[WIDE, SQUARE], masks=[WIDE_MASKS * 2, SQUARE_MASKS], prompt_ids=[[2, 1, 0, 2], [1]])
+    assert batch["num_regions"].tolist() == [3, 1, 1]
+    assert batch["prompt_ids"].tolist() == [2, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([0, 0], "accepted"), ([0, 3], "below 3"), ([0], "2 regions"), ([0.0, 1.0], "accepted")]
+)
+def test_prompt_ids_that_do_not_fit_are_refused(vision, ids, message):
+    with pytest.raises(ValueError, match=message):
+        vision(images=WIDE, masks=WIDE_MASKS, prompt_ids=ids)
+
+
+def test_replay_knows_no_prompt_ids(replay):
+    with pytest.raises(ValueError, match="under 'vision'"):
+        replay(images=WIDE, masks=WIDE_MASKS, prompt_ids=[0, 1])
+
+
+def test_sorted_regions_stand_by_area_and_remember_their_place(vision_config, tiny_processor):
+    processor = tiny_processor(vision_config, sort_regions=True)
+    batch = processor(images=WIDE, masks=[*WIDE_MASKS, block(128, 64, 0, 0, 4, 4), block(128, 64, 0, 0, 20, 20)])
+    areas = (batch["region_boxes"][:, 2:] - batch["region_boxes"][:, :2]).prod(dim=1)
+    assert areas.tolist() == sorted(areas.tolist(), reverse=True)
+    assert batch["region_order"].tolist() == [1, 3, 0, 2]  # over the passes, too
