@@ -576,6 +576,8 @@ def test_forward_passes_are_counted(replay, batch, steps, block_length, passes):
         ("block_length", 64),
         ("sampler", "entropy"),
         ("sampler", None),
+        ("shared_schedule", 1),
+        ("remasking", "yes"),
         *(("temperature", value) for value in (-0.1, float("nan"), float("inf"), "1", None)),
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, float("nan"), "0.9")),
         *(("seed", value) for value in (1.5, "1", True)),
