@@ -1,14 +1,15 @@
-"""Masked-diffusion decoding: a schedule says how many slots to commit at a step, a sampler says which.
+"""Masked-diffusion decoding: its settings, its output and its loop.
 
 The loop is `PerceptionDLMGenerationMixin.generate`: all answers start fully masked; each step scores every slot in one
 pass, picks a token per slot, and commits some; a committed token stays. Every answer (region) decides for itself, so
-decoding N regions together gives what decoding them one by one gives.
+decoding N regions together gives what decoding them one by one gives. An answer that has come to its end leaves the
+running batch.
 
-Legend: A answers, G slots per answer, V vocabulary.
+Legend: B rows of the batch, R regions, A answers, G slots per answer.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,21 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
+from .sampling_perceptiondlm import (
+    ADAPTIVE_SAMPLERS,
+    SAMPLERS,
+    Canvas,
+    SlotSampler,
+    TokenSampler,
+    linear_schedule,
+    released_schedule,
+)
+
 
 logger = logging.get_logger(__name__)
 
-SAMPLERS = ("low_confidence", "random", "left_to_right")
+# Named settings; keywords given beside a preset override it.
+GENERATION_PRESETS: dict[str, dict[str, Any]] = {"fast": {"sampler": "threshold", "threshold": 0.9}}
 
 
 class PerceptionDLMGenerationConfig(GenerationConfig):
@@ -35,17 +47,26 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             them (the released model), instead of a number in each. More steps than slots may then be asked for.
         remasking (`bool`): decided slots compete again at every step, by the confidence of their new most probable
             token, and losing ones are masked again (the released model); by default a decided slot stays.
-        sampler (`str`): which slots a step commits. `"low_confidence"`: those whose token is most probable (LLaDA's
-            low-confidence remasking), `"random"`, or `"left_to_right"`.
+        sampler (`str`): which slots a step commits. By number: `"low_confidence"` takes those whose token is most
+            probable (LLaDA's low-confidence remasking), `"random"`, `"left_to_right"`. Adaptive ones commit besides all
+            slots that are sure, so that an answer needs fewer than `steps` steps: `"threshold"` (probability of the
+            token, Fast-dLLM), `"margin"` (to the second likeliest token), `"entropy_bound"`.
+        threshold (`float`, defaults to 0.9): from which a slot is sure, in (0, 1]; for `"threshold"` and `"margin"`.
+        entropy_bound (`float`, defaults to 0.1): nats that the slots committed at once may have; for `"entropy_bound"`.
+        early_exit (`bool`, defaults to True): an answer is finished when an end token and everything before it are
+            decided; its text cannot change any more. Later slots are filled, and the answer leaves the running batch.
+            In layouts where captions see each other, all answers finish together.
         temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
         top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling to the likeliest tokens.
         suppress_tokens (`list[int]`, *optional*): ids that are never chosen.
+        preset (`str`, *optional*): named settings, of `GENERATION_PRESETS`; what is given besides overrides them.
         seed (`int`, *optional*): makes sampling repeatable; or pass `generator` to `generate`.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the tokenizer's, recorded for other tools; answers
             end at the processor's end tokens.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, preset: str | None = None, **kwargs: Any):
+        kwargs = {**preset_settings(preset), **kwargs}
         # GenerationConfig's own fields are those of autoregressive decoding: deliberately not initialised.
         self.max_new_tokens: int = kwargs.pop("max_new_tokens", 32)
         self.steps: int = kwargs.pop("steps", 32)
@@ -53,6 +74,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         self.shared_schedule: bool = kwargs.pop("shared_schedule", False)
         self.remasking: bool = kwargs.pop("remasking", False)
         self.sampler: str = kwargs.pop("sampler", "low_confidence")
+        self.threshold: float = kwargs.pop("threshold", 0.9)
+        self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
+        self.early_exit: bool = kwargs.pop("early_exit", True)
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
@@ -72,8 +96,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
     def fields() -> tuple[str, ...]:
         """Names of the public settings."""
         return (
-            "max_new_tokens", "steps", "block_length", "shared_schedule", "remasking", "sampler", "temperature",
-            "top_k", "top_p", "suppress_tokens", "seed", "bos_token_id", "eos_token_id", "pad_token_id",
+            "max_new_tokens", "steps", "block_length", "shared_schedule", "remasking", "sampler", "threshold",
+            "entropy_bound", "early_exit", "temperature", "top_k", "top_p", "suppress_tokens", "seed", "bos_token_id",
+            "eos_token_id", "pad_token_id",
         )  # fmt: skip
 
     def validate(self, **_unused: Any) -> None:
@@ -87,11 +112,17 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"block_length={self.block_length} must divide max_new_tokens={self.max_new_tokens}")
         if self.steps < self.num_blocks:
             raise ValueError(f"steps={self.steps} must be at least the number of blocks, {self.num_blocks}")
-        for name in ("shared_schedule", "remasking"):
+        for name in ("shared_schedule", "remasking", "early_exit"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {SAMPLERS}, got {self.sampler!r}")
+        if self.sampler in ADAPTIVE_SAMPLERS and (self.remasking or self.shared_schedule):
+            raise ValueError(f"sampler={self.sampler!r} goes with neither remasking nor shared_schedule")
+        if not isinstance(self.threshold, (int, float)) or not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold!r}")
+        if not isinstance(self.entropy_bound, (int, float)) or not 0 <= self.entropy_bound < float("inf"):
+            raise ValueError(f"entropy_bound must be a finite number of at least 0, got {self.entropy_bound!r}")
         if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature!r}")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
@@ -135,133 +166,13 @@ class PerceptionDLMGenerationOutput(ModelOutput):
     tokens_per_forward: float | None = None
 
 
-def linear_schedule(num_slots: int, steps: int) -> list[int]:
-    """Slots decided after each step, all at the last; the first steps take the remainder (LLaDA)."""
-    steps = min(steps, num_slots)
-    share, remainder = divmod(num_slots, steps)
-    return [share * step + min(step, remainder) for step in range(1, steps + 1)]
-
-
-def released_schedule(num_slots: int, steps: int) -> list[int]:
-    """Slots decided after each step of the released model: `int(n (S - 1 - s) / S)` of n are still masked after step s.
-
-    Ends where none is masked any more, which is before the last step when there are more steps than slots.
-    """
-    decided = [num_slots - int(num_slots * (steps - 1 - step) / steps) for step in range(steps)]
-    return decided[: decided.index(num_slots) + 1]
-
-
-@dataclass
-class TokenSampler:
-    """Chooses a token for every slot; greedy at temperature 0, otherwise sampled after top-k and top-p."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    suppress_tokens: tuple[int, ...] = ()
-    generator: torch.Generator | None = None
-
-    def __call__(self, logits_AGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (A, G) and their probability (A, G) under the model's own distribution, in fp32."""
-        logits = logits_AGV.float()
-        if self.suppress_tokens:
-            suppressed = torch.tensor(self.suppress_tokens, device=logits.device)
-            logits = logits.index_fill(-1, suppressed, float("-inf"))
-        probabilities = logits.softmax(dim=-1)
-        if self.temperature == 0:
-            confidence, tokens = probabilities.max(dim=-1)
-            return tokens, confidence
-        choices = self._restrict(logits / self.temperature).softmax(dim=-1)
-        tokens = torch.multinomial(choices.flatten(0, 1), 1, generator=self.generator).view(logits.shape[:2])
-        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
-
-    def _restrict(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < kth, float("-inf"))
-        if self.top_p is not None and self.top_p < 1:
-            ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the likeliest token always stays
-            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
-        return logits
-
-
-@dataclass
-class SlotSampler:
-    """Ranks undecided slots; the highest ranks are committed first."""
-
-    name: str
-    generator: torch.Generator | None = None
-
-    def __call__(self, confidence_AG: torch.Tensor) -> torch.Tensor:
-        """Priorities (A, G) from confidences (A, G)."""
-        if self.name == "low_confidence":
-            return confidence_AG
-        if self.name == "random":
-            noise = torch.rand(
-                confidence_AG.shape,
-                generator=self.generator,
-                device=self._device(confidence_AG),
-                dtype=torch.float32,
-            )
-            return noise.to(confidence_AG.device)
-        slots = torch.arange(confidence_AG.shape[1], device=confidence_AG.device, dtype=torch.float32)
-        return -slots.expand_as(confidence_AG)
-
-    def _device(self, like: torch.Tensor) -> torch.device:
-        return self.generator.device if self.generator is not None else like.device
-
-
-@dataclass
-class Canvas:
-    """The state of decoding: ids (A, G), which slots are decided (A, G), and with what confidence (A, G)."""
-
-    ids: torch.Tensor
-    decided: torch.Tensor
-    confidence: torch.Tensor
-    mask_token_id: int
-
-    @classmethod
-    def blank(cls, num_answers: int, num_slots: int, mask_token_id: int, device: torch.device) -> "Canvas":
-        """A canvas of mask tokens."""
-        shape = (num_answers, num_slots)
-        return cls(
-            torch.full(shape, mask_token_id, device=device),
-            torch.zeros(shape, dtype=torch.bool, device=device),
-            torch.zeros(shape, dtype=torch.float32, device=device),
-            mask_token_id,
-        )
-
-    def update(self, tokens, confidence, priority, block: slice, group_A, target_A, remasking: bool) -> None:
-        """Decide slots of a block so that every group of answers then has as many decided ones as its target says.
-
-        Args:
-            tokens, confidence, priority: (A, G) for this step; undecided slots of highest priority are decided first.
-            group_A: (A,) which answers share a target; answers of one group stand next to each other.
-            target_A: (A,) decided slots of the block, in the whole group of an answer, after this step.
-            remasking: whether decided slots compete too and, if they lose, are masked again.
-        """
-        decided = self.decided[:, block]
-        ranked = priority[:, block].double()
-        if not remasking:
-            ranked = ranked.masked_fill(decided, float("inf"))
-        chosen = (rank_in_group(ranked, group_A) < target_A[:, None]) | (decided & (not remasking))
-        new = chosen & ~decided
-        self.ids[:, block] = torch.where(new, tokens[:, block], self.ids[:, block])
-        self.ids[:, block] = torch.where(chosen, self.ids[:, block], self.mask_token_id)
-        self.confidence[:, block] = torch.where(new, confidence[:, block], self.confidence[:, block])
-        self.decided[:, block] = chosen
-
-
-def rank_in_group(priority_AG: torch.Tensor, group_A: torch.Tensor) -> torch.Tensor:
-    """Place of every entry among all entries of its group of rows, 0 for the highest; (A, G) int64."""
-    groups = group_A[:, None].expand_as(priority_AG).flatten()
-    order = priority_AG.flatten().argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]  # by group, and within it by priority
-    starts = torch.searchsorted(groups[order], groups[order])
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device) - starts
-    return ranks.view_as(priority_AG)
+def preset_settings(name: str | None) -> dict[str, Any]:
+    """The settings of a preset; none without a name."""
+    if name is None:
+        return {}
+    if name not in GENERATION_PRESETS:
+        raise ValueError(f"preset must be one of {sorted(GENERATION_PRESETS)}, got {name!r}")
+    return GENERATION_PRESETS[name]
 
 
 class PerceptionDLMGenerationMixin:
@@ -314,30 +225,14 @@ class PerceptionDLMGenerationMixin:
         cache = self.prefill(prompt, layout) if cached else None
         # 2. start from masks everywhere
         canvas = Canvas.blank(num_answers, settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
-        sample_tokens = TokenSampler(
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            tuple(settings.suppress_tokens or ()),
-            generator,
-        )
-        rank_slots = SlotSampler(settings.sampler, generator)
         order = self._caller_order(layout, sample_ids, region_order)
-        # 3. denoise, block by block
-        passes = 0
-        block_length = settings.block_length or settings.max_new_tokens
-        group_A = layout.row_A if settings.shared_schedule else torch.arange(num_answers, device=input_ids.device)
-        targets_SA = self._targets(settings, block_length, group_A)
-        for start in range(0, settings.max_new_tokens, block_length):
-            block = slice(start, start + block_length)
-            for target_A in targets_SA:
-                logits = self.score_answers(prompt, layout, canvas.ids, cache)
-                tokens, confidence = sample_tokens(logits)
-                priority = rank_slots(confidence)
-                canvas.update(tokens, confidence, priority, block, group_A, target_A, settings.remasking)
-                passes += 1
-                if streamer is not None:
-                    streamer.put_draft(canvas.ids[order].cpu())
+        # 3. denoise, step by step
+        passes = filled = 0
+        for filled_now in self._denoise(canvas, prompt, layout, cache, settings, generator):
+            passes += 1
+            filled += filled_now
+            if streamer is not None:
+                streamer.put_draft(canvas.ids[order].cpu())
         if streamer is not None:
             streamer.end()
         return PerceptionDLMGenerationOutput(
@@ -346,8 +241,61 @@ class PerceptionDLMGenerationMixin:
             sample_ids=(layout.row_A if sample_ids is None else sample_ids[layout.row_A])[order],
             region_indices=order,
             num_forward_passes=passes,
-            tokens_per_forward=canvas.ids.numel() / passes,
+            tokens_per_forward=(canvas.ids.numel() - filled) / passes,
         )
+
+    def _denoise(self, canvas: Canvas, prompt, layout, cache, settings, generator) -> Iterator[int]:
+        """Run the steps on a canvas; yields after each, with the number of slots that an early exit filled.
+
+        Answers whose slots are all decided leave the running batch where nothing else looks at them (isolated layout).
+        Finding them asks the device once per step.
+        """
+        config = self.config
+        sample_tokens = TokenSampler(
+            settings.temperature, settings.top_k, settings.top_p, tuple(settings.suppress_tokens or ()), generator
+        )
+        rank_slots = SlotSampler(settings.sampler, settings.threshold, settings.entropy_bound, generator)
+        group_A = layout.row_A if settings.shared_schedule else torch.arange(len(layout.row_A), device=layout.device)
+        length = settings.block_length or settings.max_new_tokens
+        targets_SA = self._targets(settings, length, group_A)
+        ends = (config.end_of_turn_token_id, config.end_of_text_token_id)
+        alone = not (settings.remasking or settings.shared_schedule)  # whether answers decide for themselves
+        leaves = alone and config.attention_layout == "isolated"
+        everything = (prompt, layout, cache)
+        for start in range(0, settings.max_new_tokens, length):
+            block = slice(start, start + length)
+            running, (prompt, layout, cache) = torch.arange(len(group_A), device=group_A.device), everything
+            for target_A in targets_SA:
+                undecided = (~canvas.decided[:, block]).any(dim=1)
+                if not (settings.remasking or undecided.any()):
+                    break
+                if leaves and not undecided[running].all():
+                    prompt, layout, cache = self._keep(undecided[running], prompt, layout, cache)
+                    running = undecided.nonzero()[:, 0]
+                part = canvas.rows(running)
+                logits = self.score_answers(prompt, layout, part.ids, cache)
+                tokens, confidence, probabilities = sample_tokens(logits)
+                free = torch.zeros_like(part.decided)
+                free[:, block] = ~part.decided[:, block]
+                priority, sure = rank_slots(confidence, probabilities, free)
+                target = target_A[running]
+                if alone:  # an answer that ran ahead of its schedule still goes on
+                    target = torch.maximum(target, part.decided[:, block].sum(dim=1) + 1).clamp(max=length)
+                part.update(tokens, confidence, priority, sure, block, group_A[running], target, settings.remasking)
+                filled = 0
+                if alone and settings.early_exit:
+                    filled = part.close(ends, config.end_of_text_token_id, all_at_once=not leaves)
+                canvas.put(running, part)
+                yield filled
+
+    @staticmethod
+    def _keep(keep_A: torch.Tensor, prompt, layout, cache):
+        """Prompt, layout and cache of some of the running answers; rows without any are left out."""
+        rows = layout.row_A[keep_A].unique()
+        if len(rows) < len(prompt.num_regions):
+            prompt = prompt.rows(rows)
+            cache = cache.rows(rows) if cache is not None else None
+        return prompt, layout.subset(keep_A, rows, prompt), cache
 
     @staticmethod
     def _caller_order(layout, sample_ids, region_order) -> torch.Tensor:
@@ -376,10 +324,12 @@ class PerceptionDLMGenerationMixin:
         if not all(hasattr(base, name) for name in fields):
             raise TypeError(f"generation_config must be a PerceptionDLMGenerationConfig, got {type(base).__name__}")
         prompt_names = set(inspect.signature(self.embed_prompt).parameters)
-        unknown = sorted(set(kwargs) - set(fields) - prompt_names)
+        unknown = sorted(set(kwargs) - {*fields, *prompt_names, "preset"})
         if unknown:
-            raise ValueError(f"unknown generate keywords {unknown}, known are {sorted({*fields, *prompt_names})}")
-        values = {name: getattr(base, name) for name in fields} | {k: v for k, v in kwargs.items() if k in fields}
+            known = sorted({*fields, *prompt_names, "preset"})
+            raise ValueError(f"unknown generate keywords {unknown}, known are {known}")
+        given = {**preset_settings(kwargs.get("preset")), **{k: v for k, v in kwargs.items() if k in fields}}
+        values = {name: getattr(base, name) for name in fields} | given
         inputs = {name: value for name, value in kwargs.items() if name in prompt_names}
         settings = PerceptionDLMGenerationConfig(**values)
         vocabulary = self.config.text_config.vocab_size

@@ -7,6 +7,7 @@ width, n image tokens per tile side, D language width, R regions (all rows), S b
 A answers (caption blocks, all rows), G slots per answer, M answers per row (padded), W tokens per answer, V vocabulary.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,10 @@ class PrefixCache:
     """Keys and values of the prompt, exact in every step because nothing in it looks at a caption (layout `isolated`).
 
     The first pass stores the prompt's; every later pass writes the answer tokens' behind them, in place.
+
+    Args:
+        num_layers: of the language model.
+        answer_tokens: most answer tokens of a later pass.
     """
 
     def __init__(self, num_layers: int, answer_tokens: int):
@@ -117,9 +122,17 @@ class PrefixCache:
             room = (0, 0, 0, self.answer_tokens)
             self.buffers[layer_idx] = (F.pad(key, room), F.pad(value, room))
             return key, value
+        start = buffers[0].shape[2] - self.answer_tokens
+        end = start + key.shape[2]
         for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer[:, :, buffer.shape[2] - self.answer_tokens :] = new
-        return buffers
+            buffer[:, :, start:end] = new
+        return tuple(buffer[:, :, :end] for buffer in buffers)
+
+    def rows(self, index_B: torch.Tensor) -> "PrefixCache":
+        """The cache of some rows of the batch."""
+        part = PrefixCache(len(self.buffers), self.answer_tokens)
+        part.buffers = [None if pair is None else (pair[0][index_B], pair[1][index_B]) for pair in self.buffers]
+        return part
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -229,6 +242,12 @@ class Prompt:
     num_regions: torch.Tensor
     markers: torch.Tensor
 
+    def rows(self, index_B: torch.Tensor) -> "Prompt":
+        """The prompt of some rows of the batch."""
+        roles = TokenRoles(self.roles.role[index_B], self.roles.region[index_B], self.roles.block[index_B])
+        markers = [self.markers.split(self.num_regions.tolist())[row] for row in index_B.tolist()]
+        return Prompt(self.embeds[index_B], roles, self.num_regions[index_B], torch.cat(markers))
+
 
 class AnswerLayout:
     """Where the slots of A answers stand: one block of W tokens each, M blocks per row, rows padded with PAD blocks.
@@ -262,15 +281,33 @@ class AnswerLayout:
         self.terminated = config.attention_layout != "isolated"
         self.num_slots, self.width = num_slots, 1 + num_slots + self.terminated
         blocks_B = targets_B * copies
-        self.num_blocks = int(blocks_B.max())
         self.row_A = torch.arange(len(blocks_B), device=self.device).repeat_interleave(blocks_B)
-        self.block_A = torch.arange(num_answers, device=self.device) - (blocks_B.cumsum(0) - blocks_B)[self.row_A]
-        self.region_A = self.block_A // copies
-        self.last_A = self.block_A == blocks_B[self.row_A] - 1
+        index_A = torch.arange(num_answers, device=self.device) - (blocks_B.cumsum(0) - blocks_B)[self.row_A]
+        self.region_A = index_A // copies
+        self.last_A = index_A == blocks_B[self.row_A] - 1
         self.marked_A = (prompt.num_regions > 0)[self.row_A]
         self.marker_A = self._markers(prompt)
-        self.roles = self._roles(len(blocks_B), lengths_A)
-        self.positions = block_positions(prompt.roles, self.roles, self.num_blocks, config.attention_layout)
+        self.lengths_A = lengths_A
+        self._arrange(prompt)
+
+    def _arrange(self, prompt: Prompt) -> None:
+        """Place the answers' blocks side by side in their rows."""
+        counts_B = torch.bincount(self.row_A, minlength=len(prompt.num_regions))
+        self.num_blocks = int(counts_B.max())
+        first_A = (counts_B.cumsum(0) - counts_B)[self.row_A]
+        self.block_A = torch.arange(len(self.row_A), device=self.device) - first_A
+        self.roles = self._roles(len(counts_B))
+        self.positions = block_positions(prompt.roles, self.roles, self.num_blocks, self.config.attention_layout)
+
+    def subset(self, keep_A: torch.Tensor, rows_B: torch.Tensor, prompt: Prompt) -> "AnswerLayout":
+        """The layout of some answers alone, behind a prompt that has the rows `rows_B` of this one's."""
+        part = copy.copy(self)
+        for name in ("region_A", "last_A", "marked_A", "marker_A"):
+            setattr(part, name, getattr(self, name)[keep_A])
+        part.lengths_A = None if self.lengths_A is None else self.lengths_A[keep_A]
+        part.row_A = torch.searchsorted(rows_B, self.row_A[keep_A])
+        part._arrange(prompt)
+        return part
 
     def _markers(self, prompt: Prompt) -> torch.Tensor:
         """Id of the token that opens each answer's block; where a row has no regions, it is padding."""
@@ -282,14 +319,14 @@ class AnswerLayout:
         markers_A[self.marked_A] = ids[index_R[regions]]
         return markers_A
 
-    def _roles(self, num_rows: int, lengths_A: torch.Tensor | None) -> TokenRoles:
+    def _roles(self, num_rows: int) -> TokenRoles:
         exists_AW = torch.ones(len(self.row_A), self.width, dtype=torch.bool, device=self.device)
         exists_AW[:, 0] = self.marked_A
         if self.terminated:
             exists_AW[:, -1] = self.marked_A
-        if lengths_A is not None:
+        if self.lengths_A is not None:
             slots_G = torch.arange(self.num_slots, device=self.device)
-            exists_AW[:, 1 : 1 + self.num_slots] = slots_G < lengths_A[:, None]
+            exists_AW[:, 1 : 1 + self.num_slots] = slots_G < self.lengths_A[:, None]
         shape = (num_rows, self.num_blocks, self.width)
         role = torch.full(shape, PAD, device=self.device)
         region, block = torch.full_like(role, -1), torch.full_like(role, -1)

@@ -10,7 +10,10 @@ from transformers.utils import logging as transformers_logging
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SETTINGS = ("steps", "max_new_tokens", "block_length", "sampler", "temperature", "top_k", "top_p", "seed")
+SETTINGS: dict[str, type] = {
+    "preset": str, "steps": int, "max_new_tokens": int, "block_length": int, "sampler": str, "threshold": float,
+    "entropy_bound": float, "temperature": float, "top_k": int, "top_p": float, "seed": int,
+}  # fmt: skip
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> None:
@@ -18,10 +21,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> N
     parser.add_argument("--model", help="directory or Hub id; by default the model embedded in the repository")
     parser.add_argument("--device", help="such as cuda:0; by default an accelerator if there is one")
     parser.add_argument("--dtype", default="auto", help="such as bfloat16; by default the checkpoint's")
-    for name in SETTINGS:
+    for name, kind in SETTINGS.items():
         if name == "seed" and not seed:
             continue
-        kind: Any = str if name == "sampler" else float if name in ("temperature", "top_p") else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="see PerceptionDLMGenerationConfig")
 
 

@@ -8,15 +8,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from perceptiondlm.generation_perceptiondlm import (
+from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from perceptiondlm.sampling_perceptiondlm import (
+    ADAPTIVE_SAMPLERS,
+    FIXED_SAMPLERS,
     SAMPLERS,
-    PerceptionDLMGenerationConfig,
+    Canvas,
     TokenSampler,
     linear_schedule,
     rank_in_group,
     released_schedule,
 )
-from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.scenes import draw_scene
 
 
@@ -360,6 +363,151 @@ def test_decoding_against_a_loop(replay, batch, steps, block_length):
     torch.testing.assert_close(output.confidences, confidences, atol=1e-4, rtol=0)
 
 
+# --- adaptive decoding and early exit -----------------------------------------------------------------------------
+
+
+def slow_sure(name: str, bound: float, probabilities: torch.Tensor, free: list[int]) -> set[int]:
+    """Slots of one answer that an adaptive sampler commits at once, by definition."""
+    if name == "threshold":
+        return {slot for slot in free if float(probabilities[slot].max()) >= bound}
+    if name == "margin":
+        ordered = {slot: sorted(probabilities[slot].tolist(), reverse=True) for slot in free}
+        return {slot for slot in free if ordered[slot][0] - ordered[slot][1] >= bound}
+    entropies = {slot: -sum(p * math.log(p) for p in probabilities[slot].tolist() if p > 0) for slot in free}
+    chosen: set[int] = set()
+    for slot in sorted(free, key=entropies.__getitem__):
+        if sum(entropies[other] for other in chosen) <= bound:
+            chosen.add(slot)
+    return chosen
+
+
+def slow_adaptive(model, batch, name: str, bound: float, length: int) -> tuple[torch.Tensor, int]:
+    """One answer and one slot at a time; every step commits the best slot of each answer and all that are sure."""
+    num_answers = int(batch["num_regions"].sum())
+    ids = torch.full((num_answers, SLOTS), model.config.mask_token_id)
+    passes = 0
+    for start in range(0, SLOTS, length):
+        free = [list(range(start, start + length)) for _ in range(num_answers)]
+        while any(free):
+            probabilities = scores(model, batch, ids).softmax(dim=-1)
+            passes += 1
+            for answer, slots in enumerate(free):
+                rows = probabilities[answer]
+                best = max(slots, key=lambda slot: slow_priority(name, rows[slot]), default=None)
+                for slot in slow_sure(name, bound, rows, slots) | ({best} if slots else set()):
+                    ids[answer, slot] = int(rows[slot].argmax())
+                    slots.remove(slot)
+    return ids, passes
+
+
+def slow_priority(name: str, probabilities: torch.Tensor) -> float:
+    """What an adaptive sampler ranks a slot by."""
+    if name == "threshold":
+        return float(probabilities.max())
+    if name == "margin":
+        best, second = probabilities.topk(2).values.tolist()
+        return best - second
+    return -float(torch.special.entr(probabilities).sum())
+
+
+@pytest.mark.parametrize("length", [SLOTS, 3])
+@pytest.mark.parametrize(("name", "bound"), [("threshold", 0.11), ("margin", 0.02), ("entropy_bound", 4.0)])
+def test_adaptive_samplers_against_a_loop(replay, batch, name, bound, length):
+    """The loop runs all answers to the end; here finished ones leave the batch. Tokens and passes are the same."""
+    settings = {"sampler": name, "block_length": length, "early_exit": False}
+    settings["entropy_bound" if name == "entropy_bound" else "threshold"] = bound
+    ids, passes = slow_adaptive(replay, batch, name, bound, length)
+    assert passes < SLOTS  # some step commits several slots
+    for use_cache in (True, False):
+        output = generate(replay, batch, use_cache=use_cache, **settings)
+        assert torch.equal(output.sequences, ids)
+        assert output.num_forward_passes <= passes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ADAPTIVE_SAMPLERS)
+def test_images_leave_the_batch_without_changing_the_others(tiny_model, tiny_processor, pictures, layout, name):
+    """Images with different numbers of regions finish at different steps; each gets what it gets alone."""
+    model = tiny_model(attention_layout=layout)
+    processor, settings = tiny_processor(model), {"sampler": name, "threshold": 0.15, "entropy_bound": 8.0}
+    batch = processor(images=[s.image for s in pictures], masks=[masks_of(s) for s in pictures])
+    together = generate(model, batch, **settings)
+    passes = []
+    for index, picture in enumerate(pictures):
+        alone = generate(model, region_batch(processor, picture), **settings)
+        assert torch.equal(together.sequences[together.sample_ids == index], alone.sequences)
+        passes.append(alone.num_forward_passes)
+    assert together.num_forward_passes == max(passes)
+
+
+@pytest.mark.parametrize("block_length", [None, 3])
+@pytest.mark.parametrize("layout", ["isolated", "full"])
+def test_early_exit_keeps_the_text(tiny_model, tiny_processor, scene, layout, block_length):
+    """Everything up to the first end token is as without; what follows is filled, in fewer passes."""
+    model = tiny_model(attention_layout=layout)
+    batch = region_batch(tiny_processor(model), scene)
+    settings = {"sampler": "left_to_right", "block_length": block_length}
+    plain = generate(model, batch, early_exit=False, **settings).sequences
+    end = model.config.end_of_turn_token_id = int(plain[1, 2])
+    plain = generate(model, batch, early_exit=False, **settings)
+    exited = generate(model, batch, **settings)
+    cut = 0
+    for one, other, confidence in zip(plain.sequences, exited.sequences, exited.confidences, strict=True):
+        places = (one == end).nonzero()
+        length = int(places[0]) + 1 if len(places) else SLOTS
+        assert torch.equal(one[:length], other[:length])
+        if layout == "isolated":
+            assert (other[length:] == model.config.end_of_text_token_id).all()
+            assert (confidence[length:] == 1).all()
+        cut += SLOTS - length
+    assert cut > 0
+    assert exited.tokens_per_forward <= plain.tokens_per_forward * plain.num_forward_passes / exited.num_forward_passes
+
+
+def test_passes_end_with_the_last_answer(tiny_model, tiny_processor, scene):
+    """When every answer begins with an end token, one left-to-right step is enough."""
+    model = tiny_model()
+    batch = region_batch(tiny_processor(model), scene)
+    first = generate(model, batch, sampler="left_to_right", early_exit=False).sequences[:, 0]
+    mask = model.config.mask_token_id
+    model.config.end_of_turn_token_id = int(first[0])
+    others = sorted({*first.tolist(), mask} - {int(first[0])})
+    output = generate(model, batch, sampler="left_to_right", suppress_tokens=others, steps=SLOTS)
+    if (output.sequences[:, 0] == first[0]).all():
+        assert output.num_forward_passes == 1
+        assert output.tokens_per_forward == 3
+    else:
+        assert output.num_forward_passes > 1
+
+
+def test_canvas_closes_behind_a_decided_prefix_only():
+    mask, end, fill = 9, 7, 8
+    ids = torch.tensor([[1, end, mask, 2], [mask, end, mask, mask], [1, 2, 3, 4], [end, mask, mask, mask]])
+    canvas = Canvas(ids, ids != mask, torch.zeros(4, 4), mask)
+    assert canvas.close((end, fill), fill) == 1 + 3
+    assert canvas.ids.tolist() == [[1, end, fill, 2], [mask, end, mask, mask], [1, 2, 3, 4], [end, fill, fill, fill]]
+    assert canvas.decided.all(dim=1).tolist() == [True, False, True, True]
+
+
+def test_fast_preset_is_a_set_of_keywords(replay, batch):
+    fast = PerceptionDLMGenerationConfig(preset="fast", max_new_tokens=SLOTS, steps=SLOTS)
+    assert fast.sampler in ADAPTIVE_SAMPLERS
+    assert PerceptionDLMGenerationConfig(preset="fast", sampler="random").sampler == "random"
+    output = generate(replay, batch, preset="fast")
+    assert torch.equal(output.sequences, replay.generate(**batch, generation_config=fast).sequences)
+    with pytest.raises(ValueError, match=r"preset must be one of.*fast.*'faster'"):
+        generate(replay, batch, preset="faster")
+
+
+@pytest.mark.parametrize("settings", [{"remasking": True}, {"shared_schedule": True}])
+def test_adaptive_samplers_refuse_released_rules(settings):
+    with pytest.raises(ValueError, match="sampler='threshold' goes with neither"):
+        PerceptionDLMGenerationConfig(sampler="threshold", **settings)
+
+
+# --- the released rules -------------------------------------------------------------------------------------------
+
+
 def slow_remasking(model, batch, slots: int, steps: int) -> tuple[torch.Tensor, int]:
     """The released rule for one image: after step s, the int(n (S - 1 - s) / S) slots whose new most probable token is
     least confident are masked, decided or not; decided ones that stay keep their token."""
@@ -446,7 +594,7 @@ def drafts_of(model, batch, **settings):
     return [draft != model.config.mask_token_id for draft in recorder.drafts], recorder.drafts
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", FIXED_SAMPLERS)
 @pytest.mark.parametrize(("steps", "block_length"), [(6, None), (4, None), (4, 3), (6, 2)])
 def test_committed_tokens_stay_and_blocks_finish_in_order(replay, batch, sampler, steps, block_length):
     decided, drafts = drafts_of(replay, batch, sampler=sampler, steps=steps, block_length=block_length, seed=3)
@@ -475,7 +623,7 @@ def test_samplers_commit_in_different_orders(replay, batch):
     """Ranking by confidence, by chance and by place decide different slots first; chance follows its seed."""
     firsts = {
         (sampler, seed): drafts_of(replay, batch, sampler=sampler, seed=seed)[0][2].tolist()
-        for sampler in SAMPLERS
+        for sampler in FIXED_SAMPLERS
         for seed in (0, 1)
     }
     assert firsts["low_confidence", 0] == firsts["low_confidence", 1] != firsts["left_to_right", 0]
@@ -538,7 +686,7 @@ def test_tokens_are_drawn_in_proportion(temperature):
     """Frequencies over many slots follow softmax(logits / temperature); confidence stays the model's own."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
     sampler = TokenSampler(temperature, suppress_tokens=(4,), generator=torch.Generator().manual_seed(0))
-    tokens, confidence = sampler(logits.expand(100, 200, 5).clone())
+    tokens, confidence, _ = sampler(logits.expand(100, 200, 5).clone())
     frequency = torch.bincount(tokens.flatten(), minlength=5) / tokens.numel()
     expected = (logits[:4] / temperature).softmax(dim=0)
     torch.testing.assert_close(frequency[:4], expected, atol=0.015, rtol=0)
@@ -577,6 +725,9 @@ def test_forward_passes_are_counted(replay, batch, steps, block_length, passes):
         ("sampler", "entropy"),
         ("sampler", None),
         ("shared_schedule", 1),
+        ("early_exit", None),
+        *(("threshold", value) for value in (0, 1.1, "high", None)),
+        *(("entropy_bound", value) for value in (-0.1, float("inf"), None)),
         ("remasking", "yes"),
         *(("temperature", value) for value in (-0.1, float("nan"), float("inf"), "1", None)),
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, float("nan"), "0.9")),
@@ -628,7 +779,7 @@ def test_a_saved_generation_config_comes_back_the_same(tmp_path):
     settings = {
         "max_new_tokens": 12, "steps": 9, "block_length": 4, "sampler": "random", "temperature": 0.7, "top_k": 20,
         "top_p": 0.9, "suppress_tokens": [3, 5], "seed": 11, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-            "shared_schedule": True, "remasking": True,
+            "shared_schedule": False, "remasking": True, "threshold": 0.8, "entropy_bound": 0.3, "early_exit": False,
     }  # fmt: skip
     assert set(settings) == set(PerceptionDLMGenerationConfig.fields())
     PerceptionDLMGenerationConfig(**settings).save_pretrained(tmp_path)
