@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipModel, pipeline
 
 from perceptiondlm.attention_perceptiondlm import PAD, allowed_attention, prompt_positions
@@ -255,6 +256,19 @@ def test_source_keys_and_config_come_back(reference, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in after)
         configs = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / name)]
         assert configs[0] == configs[1]
+
+
+@needs_reference
+def test_the_way_back_keeps_the_tokenizer(reference, tmp_path):
+    """Ids of every token, and a class that transformers 4, which the released code needs, can read."""
+    convert(Options(str(reference / "parallel"), tmp_path / "back", to="released"))
+    files = [folder / "tokenizer.json" for folder in (reference / "tiny_parallel_checkpoint", tmp_path / "back")]
+    before, after = (Tokenizer.from_file(str(file)) for file in files)
+    assert before.get_vocab() == after.get_vocab()
+    text = "<|Mask_Cap_3|>A man\nin a <img> suit<|eot_id|>"
+    assert before.encode(text).ids == after.encode(text).ids
+    settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 # --- checkpoints made here ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
@@ -28,6 +29,7 @@ from perceptiondlm.scripts.conversion.files import (
 )
 from perceptiondlm.scripts.conversion.plan import Plan
 from perceptiondlm.training.checkpoint import prepare_config, register_auto_classes
+from perceptiondlm.training.tokenizer import REGION_TOKENS, VISION_TOKENS
 
 
 RECORD = "conversion.json"  # what a target was made of, kept beside it
@@ -274,7 +276,19 @@ def write_released(folder: Path, source: Path, content: dict[str, Any]) -> None:
         "size": {"height": side, "width": side},
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", preprocessing)
-    recipes.load_tokenizer(source).save_pretrained(folder)
+    write_released_tokenizer(folder, recipes.load_tokenizer(source))
+
+
+def write_released_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tokenizer as transformers 4 reads it, which the released code needs; version 5 names its classes anew."""
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+    added = [token for token in (*VISION_TOKENS, *REGION_TOKENS) if token in tokenizer.get_vocab()]
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast", **named, "additional_special_tokens": added,
+        "clean_up_tokenization_spaces": False, "model_max_length": tokenizer.model_max_length, "padding_side": "right",
+    }  # fmt: skip
+    write_json(folder / "tokenizer_config.json", content)
 
 
 def push(folder: Path, repository: str) -> None:
