@@ -14,6 +14,7 @@ training, for the prefill and for the denoising steps; `prompt_positions` and `b
 Legend: B rows of the batch, L prompt tokens, Q queries, K keys, M caption blocks per row, W tokens per block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,10 @@ class TokenRoles:
     def of_prompt(cls, role_BL: torch.Tensor, region_BL: torch.Tensor) -> "TokenRoles":
         """Roles of tokens that contain no caption."""
         return cls(role_BL, region_BL, torch.full_like(region_BL, -1))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenRoles":
+        """The same function of all three tensors."""
+        return TokenRoles(function(self.role), function(self.region), function(self.block))
 
     def cat(self, other: "TokenRoles") -> "TokenRoles":
         """This run followed by another."""

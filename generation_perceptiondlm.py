@@ -198,6 +198,7 @@ class PerceptionDLMGenerationMixin:
         generator: torch.Generator | None = None,
         streamer: Any | None = None,
         use_cache: bool = True,
+        encoded_image: Any | None = None,
         **kwargs: Any,
     ) -> PerceptionDLMGenerationOutput:
         """Denoise the captions of all regions (or one answer per row without regions) in parallel.
@@ -209,6 +210,7 @@ class PerceptionDLMGenerationMixin:
             generation_config: settings; keywords of [`PerceptionDLMGenerationConfig`] in `kwargs` override them.
             generator: source of randomness for sampling (or set `seed`).
             streamer: its `put_draft` receives the ids (A, G) after every step, and `end()` is called at the end.
+            encoded_image: an `EncodedImage` instead of `pixel_values`; all rows then ask one question about it.
             use_cache: keep the prompt's keys and values. Only the isolated layout does so (there it is exact).
         Raises:
             ValueError: for unknown keywords, settings out of range, or inputs that do not fit together.
@@ -218,11 +220,14 @@ class PerceptionDLMGenerationMixin:
             raise TypeError(f"streamer must have put_draft(ids) and end(), got {type(streamer).__name__}")
         generator = generator or self._seeded(settings)
         # 1. condition
-        prompt = self.embed_prompt(input_ids, **inputs)
+        prompt, num_shared = self.embed_prompt(input_ids, encoded_image=encoded_image, **inputs), 0
+        cached = use_cache and self.config.attention_layout == "isolated"
+        if encoded_image is not None and cached:
+            prompt, num_shared = prompt.shared_first()
         num_answers = int(prompt.num_regions.clamp(min=1).sum())
         layout = self.lay_out_answers(prompt, num_answers, settings.max_new_tokens)
-        cached = use_cache and self.config.attention_layout == "isolated"
-        cache = self.prefill(prompt, layout) if cached else None
+        kept = encoded_image if num_shared else None
+        cache = self.prefill(prompt, layout, kept, num_shared) if cached else None
         # 2. start from masks everywhere
         canvas = Canvas.blank(num_answers, settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
         order = self._caller_order(layout, sample_ids, region_order)

@@ -8,7 +8,7 @@ A answers (caption blocks, all rows), G slots per answer, M answers per row (pad
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ from .attention_perceptiondlm import (
     CAPTION,
     PAD,
     ROI,
+    SHARED,
     TokenRoles,
     allowed_attention,
     attention_bias,
@@ -104,35 +105,72 @@ class BidirectionalLlamaModel(LlamaModel):
 class PrefixCache:
     """Keys and values of the prompt, exact in every step because nothing in it looks at a caption (layout `isolated`).
 
-    The first pass stores the prompt's; every later pass writes the answer tokens' behind them, in place.
+    Every pass writes its keys and values behind the prefix, in place; `keep` makes them part of it.
 
     Args:
         num_layers: of the language model.
-        answer_tokens: most answer tokens of a later pass.
+        capacity: tokens of the prefix and of the longest pass after it.
     """
 
-    def __init__(self, num_layers: int, answer_tokens: int):
-        self.answer_tokens = answer_tokens
+    def __init__(self, num_layers: int, capacity: int):
+        self.capacity, self.length = capacity, 0
         self.buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
     def update(self, key, value, layer_idx, *_args, **_kwargs):
         """Store (B, heads, X, d) keys and values of a layer and return all it may attend to."""
-        buffers = self.buffers[layer_idx]
-        if buffers is None:
-            room = (0, 0, 0, self.answer_tokens)
-            self.buffers[layer_idx] = (F.pad(key, room), F.pad(value, room))
-            return key, value
-        start = buffers[0].shape[2] - self.answer_tokens
-        end = start + key.shape[2]
-        for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer[:, :, start:end] = new
-        return tuple(buffer[:, :, :end] for buffer in buffers)
+        if self.buffers[layer_idx] is None:
+            shape = (*key.shape[:2], self.capacity, key.shape[3])
+            self.buffers[layer_idx] = (key.new_empty(shape), value.new_empty(shape))
+        end = self.length + key.shape[2]
+        for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
+            buffer[:, :, self.length : end] = new
+        return tuple(buffer[:, :, :end] for buffer in self.buffers[layer_idx])
+
+    def keep(self, num_tokens: int) -> None:
+        """Add the tokens of the last pass to the prefix."""
+        self.length += num_tokens
+
+    def start_from(self, other: "PrefixCache", num_rows: int) -> None:
+        """Begin with the prefix of a cache of one row, in every one of `num_rows` rows."""
+        for layer, pair in enumerate(other.buffers):
+            self.update(*(tensor[:, :, : other.length].expand(num_rows, -1, -1, -1) for tensor in pair), layer)
+        self.keep(other.length)
 
     def rows(self, index_B: torch.Tensor) -> "PrefixCache":
         """The cache of some rows of the batch."""
-        part = PrefixCache(len(self.buffers), self.answer_tokens)
+        part = PrefixCache(len(self.buffers), self.capacity)
+        part.length = self.length
         part.buffers = [None if pair is None else (pair[0][index_B], pair[1][index_B]) for pair in self.buffers]
         return part
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(tensor.nbytes for pair in self.buffers if pair is not None for tensor in pair)
+
+
+@dataclass
+class EncodedImage:
+    """An image encoded once, to be captioned as often as wanted (made by `encode_image`).
+
+    It stands for the image in the processor and in the pipeline. What was computed for a question's shared tokens
+    (system turn, image, question) is kept, too, so that further regions cost only their own tokens.
+
+    Args:
+        tiles: (T, n, n, D) image tokens.
+        tile_grids: (1, 2) columns and rows; image_sizes: (1, 2) height and width in pixels.
+        prefixes: keys and values of the shared tokens, by those tokens' ids.
+    """
+
+    tiles: torch.Tensor
+    tile_grids: torch.Tensor
+    image_sizes: torch.Tensor
+    prefixes: dict[tuple[int, ...], PrefixCache] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held: `tiles`, and 2 * layers * shared tokens * width for every question asked so far."""
+        return self.tiles.nbytes + sum(prefix.num_bytes for prefix in self.prefixes.values())
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -234,19 +272,45 @@ def box_geometry(boxes_R4: torch.Tensor, image_size_R2: torch.Tensor) -> torch.T
 
 @dataclass
 class Prompt:
-    """What the answers are conditioned on: embeddings (B, L, D), roles (B, L), regions per row (B,) and the index of
-    the marker that opens each region's caption (R,)."""
+    """What the answers are conditioned on.
 
+    Args:
+        ids, embeds: tokens (B, L) and their embeddings (B, L, D), with image and RoI features in place.
+        roles, positions: roles and position ids (B, L).
+        num_regions: regions per row (B,).
+        markers: index of the marker that opens each region's caption (R,).
+    """
+
+    ids: torch.Tensor
     embeds: torch.Tensor
     roles: TokenRoles
+    positions: torch.Tensor
     num_regions: torch.Tensor
     markers: torch.Tensor
 
     def rows(self, index_B: torch.Tensor) -> "Prompt":
         """The prompt of some rows of the batch."""
-        roles = TokenRoles(self.roles.role[index_B], self.roles.region[index_B], self.roles.block[index_B])
-        markers = [self.markers.split(self.num_regions.tolist())[row] for row in index_B.tolist()]
-        return Prompt(self.embeds[index_B], roles, self.num_regions[index_B], torch.cat(markers))
+        chosen = [self.markers.split(self.num_regions.tolist())[row] for row in index_B.tolist()]
+        tensors = (self.ids[index_B], self.embeds[index_B], self.roles.map(lambda x: x[index_B]))
+        return Prompt(*tensors, self.positions[index_B], self.num_regions[index_B], torch.cat(chosen))
+
+    def tokens(self, start: int, end: int | None = None) -> "Prompt":
+        """A run of tokens of every row."""
+        run = slice(start, end)
+        tensors = (self.ids[:, run], self.embeds[:, run], self.roles.map(lambda x: x[:, run]))
+        return Prompt(*tensors, self.positions[:, run], self.num_regions, self.markers)
+
+    def shared_first(self) -> tuple["Prompt", int]:
+        """The same tokens with the shared ones in front, and their number, which is the same in every row."""
+        shared = self.roles.role == SHARED
+        order = (~shared).long().argsort(dim=1, stable=True)
+        ids = self.ids.gather(1, order)
+        count = int(shared.sum(dim=1)[0])
+        if (shared.sum(dim=1) != count).any() or (ids[:, :count] != ids[:1, :count]).any():
+            raise ValueError("all rows of a call on an encoded image must ask the same question about it")
+        embeds = self.embeds.gather(1, order[..., None].expand_as(self.embeds))
+        roles = self.roles.map(lambda x: x.gather(1, order))
+        return Prompt(ids, embeds, roles, self.positions.gather(1, order), self.num_regions, self.markers), count
 
 
 class AnswerLayout:
@@ -551,6 +615,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         prompt_coverage=None,
         prompt_ids=None,
         roi_scale=None,
+        encoded_image: EncodedImage | None = None,
     ) -> Prompt:
         """Embed the text, put image features and RoI tokens in place; `roi_scale` replaces `roi_spatial_scale`."""
         if attention_mask is None:
@@ -561,13 +626,19 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         region_ids = torch.full_like(input_ids, -1) if region_ids is None else region_ids
         num_regions = input_ids.new_zeros(len(input_ids)) if num_regions is None else num_regions
         roles = TokenRoles.of_prompt(token_roles.masked_fill(attention_mask == 0, PAD), region_ids)
+        if encoded_image is not None:
+            if pixel_values is not None:
+                raise ValueError("give pixel_values or encoded_image, not both")
+            tile_grids, image_sizes = self._grids_of(encoded_image, len(input_ids))
         self._check_inputs(input_ids, pixel_values, tile_grids)
         if region_boxes is not None or num_regions.any():
-            images = (pixel_values, tile_grids, image_sizes)
+            images = (pixel_values if encoded_image is None else encoded_image.tiles, tile_grids, image_sizes)
             self._check_regions(num_regions, images, region_boxes, region_coverage, prompt_coverage)
         embeds = self.get_input_embeddings()(input_ids)
         tiles_TnnD = regions_RbD = embeds[:0]
-        if pixel_values is not None:
+        if encoded_image is not None:
+            tiles_TnnD = encoded_image.tiles.repeat(len(input_ids), 1, 1, 1)
+        elif pixel_values is not None:
             tiles_TnnD = self.encode_tiles(pixel_values, prompt_coverage)
         if self.config.use_roi_replay and region_boxes is not None:
             regions_RbD = self.replay_regions(
@@ -575,7 +646,39 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
         embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
         embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
-        return Prompt(embeds, roles, num_regions, self._markers(num_regions, prompt_ids))
+        positions = prompt_positions(roles, self.config.attention_layout)
+        return Prompt(input_ids, embeds, roles, positions, num_regions, self._markers(num_regions, prompt_ids))
+
+    def _grids_of(self, encoded_image: EncodedImage, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Grid and size of an encoded image for every row; refuses one that belongs to another model."""
+        side, width = self.config.tokens_per_side, self.config.text_config.hidden_size
+        if encoded_image.tiles.shape[1:] != (side, side, width):
+            raise ValueError(
+                f"the encoded image holds tiles of {tuple(encoded_image.tiles.shape[1:])}, this model's are "
+                f"{(side, side, width)}: encode it with this model"
+            )
+        return encoded_image.tile_grids.repeat(num_rows, 1), encoded_image.image_sizes.repeat(num_rows, 1)
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor, tile_grids: torch.Tensor, image_sizes: torch.Tensor, **_inputs):
+        """Encode one image for any number of later calls: `generate(..., encoded_image=...)`.
+
+        Args:
+            pixel_values, tile_grids, image_sizes: of [`PerceptionDLMProcessor`], for one image; its other keys are
+                ignored.
+        Returns:
+            [`EncodedImage`], which the processor and the pipeline take in place of the image.
+        Raises:
+            ValueError: for several images, or under `vision`, where the features depend on the regions.
+        """
+        if self.config.region_conditioning == "vision":
+            raise ValueError(
+                "region_conditioning='vision' encodes the image together with its regions: nothing to keep"
+            )
+        if len(tile_grids) != 1:
+            raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
+        self._check_inputs(tile_grids, pixel_values, tile_grids)
+        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes)
 
     def _markers(self, num_regions: torch.Tensor, prompt_ids: torch.Tensor | None) -> torch.Tensor:
         """Index of every region's caption marker: its prompt id, but its place in the row in the released layout."""
@@ -685,7 +788,6 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
         With a cache filled by `prefill`, only the answers' tokens are run.
         """
-        name = self.config.attention_layout
         slots_only = answer_ids.shape[1] == layout.num_slots
         blocks_AW = layout.enclose(answer_ids) if slots_only else answer_ids
         answers_BXD = self.get_input_embeddings()(layout.token_ids(blocks_AW))
@@ -693,24 +795,41 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         positions = layout.positions
         if cache is None:
             queries, embeds = keys, torch.cat((prompt.embeds, answers_BXD), dim=1)
-            positions = torch.cat((prompt_positions(prompt.roles, name), positions), dim=1)
+            positions = torch.cat((prompt.positions, positions), dim=1)
         else:
             queries, embeds = layout.roles, answers_BXD
         hidden = self._run(embeds, queries, keys, positions, cache)
         hidden_AWD = layout.pick(hidden[:, -answers_BXD.shape[1] :])
         return self.lm_head(hidden_AWD[:, 1 : 1 + layout.num_slots] if slots_only else hidden_AWD)
 
-    def prefill(self, prompt: Prompt, layout: AnswerLayout) -> PrefixCache | None:
+    def prefill(
+        self, prompt: Prompt, layout: AnswerLayout, encoded_image: EncodedImage | None = None, num_shared: int = 0
+    ) -> PrefixCache | None:
         """Run the prompt once and keep its keys and values; exact only in the isolated layout.
 
+        With an encoded image, whose prompt starts with its `num_shared` shared tokens, those are run once per question.
         None while training with gradient checkpointing: transformers gives no cache to checkpointed layers.
         """
         if self.training and self.language_model.layers[0].gradient_checkpointing:
             return None
-        cache = PrefixCache(self.config.text_config.num_hidden_layers, layout.num_blocks * layout.width)
-        positions = prompt_positions(prompt.roles, self.config.attention_layout)
-        self._run(prompt.embeds, prompt.roles, prompt.roles, positions, cache)
+        layers, length = self.config.text_config.num_hidden_layers, prompt.ids.shape[1]
+        cache = PrefixCache(layers, length + layout.num_blocks * layout.width)
+        if encoded_image is not None:
+            key = tuple(prompt.ids[0, :num_shared].tolist())
+            if key not in encoded_image.prefixes:
+                shared = PrefixCache(layers, num_shared)
+                self._extend(shared, prompt.rows(torch.zeros(1, dtype=torch.int64)).tokens(0, num_shared))
+                encoded_image.prefixes[key] = shared
+            cache.start_from(encoded_image.prefixes[key], len(prompt.ids))
+        if cache.length < length:
+            self._extend(cache, prompt)
         return cache
+
+    def _extend(self, cache: PrefixCache, prompt: Prompt) -> None:
+        """Run the tokens of a prompt that a cache does not hold yet, and keep them."""
+        new = prompt.tokens(cache.length)
+        self._run(new.embeds, new.roles, prompt.roles, new.positions, cache)
+        cache.keep(new.ids.shape[1])
 
     def _run(self, embeds, queries: TokenRoles, keys: TokenRoles, positions, cache) -> torch.Tensor:
         allowed = allowed_attention(queries, keys, self.config.attention_layout)

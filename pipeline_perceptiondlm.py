@@ -70,7 +70,8 @@ class RegionCaptioningPipeline(Pipeline):
 
     @staticmethod
     def _is_image(value: Any) -> bool:
-        return isinstance(value, str) or hasattr(value, "__fspath__") or is_valid_image(value)
+        is_encoded = hasattr(value, "tile_grids")
+        return is_encoded or isinstance(value, str) or hasattr(value, "__fspath__") or is_valid_image(value)
 
     @staticmethod
     def _samples(images: Iterable[Any], given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,12 +109,18 @@ class RegionCaptioningPipeline(Pipeline):
             raise ValueError(f"the samples of a batch must give regions in one form, got {sorted(set(forms))}")
         (form,) = forms[0]
         texts = [sample.get("text") or self.processor.region_question for sample in samples]
-        return self.processor(
-            images=[sample["image"] for sample in samples],
-            text=texts,
-            **{form: [sample[form] for sample in samples]},
-            **processor_kwargs,
-        )
+        images = [sample["image"] for sample in samples]
+        encoded = [image for image in images if hasattr(image, "tile_grids")]
+        if encoded and len(samples) > 1:
+            raise ValueError("encoded images are captioned one by one: use batch_size=1")
+        regions = {form: [sample[form] for sample in samples]}
+        inputs = self.processor(images=images, text=texts, **regions, **processor_kwargs)
+        return {**inputs, "encoded_image": encoded[0]} if encoded else inputs
+
+    def encode_image(self, image: Any) -> Any:
+        """Encode an image once; the result stands for it in later calls, with any regions, questions and settings."""
+        inputs = self.processor(images=image, text=self.processor.region_question)
+        return self.model.encode_image(**inputs.to(self.device))
 
     def _forward(self, model_inputs, **generate_kwargs: Any) -> dict[str, Any]:
         return {

@@ -159,7 +159,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """Build a batch, either of regions to caption or of text (with or without images) to continue.
 
         Args:
-            images: one image or a list of them (see `load_image` for what an image may be); with text and no regions
+            images: one image or a list of them (see `load_image` for what an image may be; an `EncodedImage` stands for
+                its image and gives no `pixel_values`); with text and no regions
                 also a list of lists, the images of each text.
             text: with regions, the question instead of `region_question` (one, or one per image). Without, a question,
                 or a prompt rendered by `apply_chat_template` (one, or one per sample).
@@ -218,13 +219,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
         rows = []
         for index, (image, region, question, given) in enumerate(zip(images, regions, questions, ids, strict=True)):
             suffix = f"[{index}]" if batched else ""
-            image = load_image(image, name=f"image{suffix}")
-            size = (image.height, image.width)
+            tiles, grid, size = self._picture(image, max_tiles, f"image{suffix}")
             masks = region_masks(size, **{form: region}, name=f"{form}{suffix}", threshold=self.mask_threshold)
             order = np.arange(len(masks))
             if self.sort_regions:
                 order = masks.sum(axis=(1, 2)).argsort()[::-1]
-            tiles, grid = self.tile(image, max_tiles)
             before, after = self._region_prompt(question)
             for group in self._groups(len(masks), max_regions_per_pass):
                 chosen = order[group]
@@ -264,10 +263,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
-            loaded = [load_image(image, name=f"images[{index}][{i}]") for i, image in enumerate(group)]
-            tiled = [self.tile(image, max_tiles) for image in loaded]
-            grids = [grid for _, grid in tiled]
-            ids = self._expand_images(self._tokenize(self._wrap(prompt, len(loaded))), grids, f"text[{index}]")
+            pictures = [self._picture(image, max_tiles, f"images[{index}][{i}]") for i, image in enumerate(group)]
+            grids = [grid for _, grid, _ in pictures]
+            tiles = [tiles for tiles, _, _ in pictures if tiles is not None]
+            ids = self._expand_images(self._tokenize(self._wrap(prompt, len(group))), grids, f"text[{index}]")
             rows.append(
                 {
                     "sample_id": index,
@@ -275,12 +274,21 @@ class PerceptionDLMProcessor(ProcessorMixin):
                     "roles": [SHARED] * len(ids),
                     "regions": [-1] * len(ids),
                     "num_regions": 0,
-                    "tiles": np.concatenate([tiles for tiles, _ in tiled]) if tiled else None,
+                    "tiles": np.concatenate(tiles) if tiles else None,
                     "grids": grids,
-                    "sizes": [(image.height, image.width) for image in loaded],
+                    "sizes": [size for _, _, size in pictures],
                 }
             )
         return rows
+
+    def _picture(self, image, max_tiles: int | None, name: str):
+        """Tiles, grid and (height, width) of an image; an `EncodedImage` has no tiles any more."""
+        if hasattr(image, "tile_grids"):
+            grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
+            return None, tuple(grid), tuple(size)
+        image = load_image(image, name=name)
+        tiles, grid = self.tile(image, max_tiles)
+        return tiles, grid, (image.height, image.width)
 
     def _groups(self, count: int, limit: int | None) -> list[slice]:
         """Split `count` regions into passes, in order."""
@@ -452,7 +460,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
         }
         if any(row["grids"] for row in rows):
-            data["pixel_values"] = torch.from_numpy(np.concatenate([r["tiles"] for r in rows if r["grids"]]))
+            if tiles := [row["tiles"] for row in rows if row["tiles"] is not None]:
+                data["pixel_values"] = torch.from_numpy(np.concatenate(tiles))
             data["tile_grids"] = torch.tensor([grid for row in rows for grid in row["grids"]])
             data["image_sizes"] = torch.tensor([size for row in rows for size in row["sizes"]])
         for key, name in (
