@@ -118,13 +118,14 @@ class PrefixCache:
 
     def update(self, key, value, layer_idx, *_args, **_kwargs):
         """Store (B, heads, X, d) keys and values of a layer and return all it may attend to."""
-        if self.buffers[layer_idx] is None:
+        pair = self.buffers[layer_idx]
+        if pair is None:
             shape = (*key.shape[:2], self.capacity, key.shape[3])
-            self.buffers[layer_idx] = (key.new_empty(shape), value.new_empty(shape))
+            pair = self.buffers[layer_idx] = (key.new_empty(shape), value.new_empty(shape))
         end = self.length + key.shape[2]
-        for buffer, new in zip(self.buffers[layer_idx], (key, value), strict=True):
+        for buffer, new in zip(pair, (key, value), strict=True):
             buffer[:, :, self.length : end] = new
-        return tuple(buffer[:, :, :end] for buffer in self.buffers[layer_idx])
+        return tuple(buffer[:, :, :end] for buffer in pair)
 
     def keep(self, num_tokens: int) -> None:
         """Add the tokens of the last pass to the prefix."""
@@ -133,6 +134,7 @@ class PrefixCache:
     def start_from(self, other: "PrefixCache", num_rows: int) -> None:
         """Begin with the prefix of a cache of one row, in every one of `num_rows` rows."""
         for layer, pair in enumerate(other.buffers):
+            assert pair is not None  # every layer has seen the prefix
             self.update(*(tensor[:, :, : other.length].expand(num_rows, -1, -1, -1) for tensor in pair), layer)
         self.keep(other.length)
 
@@ -582,11 +584,12 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             roi_scale=None if labels is None else self.config.roi_training_spatial_scale,
         )  # fmt: skip
         if labels is None:
-            layout = self.lay_out_answers(prompt, *answer_ids.shape)
+            assert answer_ids is not None  # one of the two was given
+            layout = self.lay_out_answers(prompt, answer_ids.shape[0], answer_ids.shape[1])
             return PerceptionDLMOutput(logits=self.score_answers(prompt, layout, answer_ids))
         # 2. noise the clean answers (equation 1)
         lengths_A = (labels != -100).sum(dim=1) if self.config.supervise_markers else None
-        layout = self.lay_out_answers(prompt, *labels.shape, lengths_A)
+        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], lengths_A)
         if self.config.supervise_markers:
             labels = layout.enclose_labels(labels)
         if mask_probability is None:

@@ -57,7 +57,8 @@ def write_source(folder: Path, tokenizer: Path) -> int:
     config = released_8b()
     groups = list(shards(config))
     generator = torch.Generator().manual_seed(0)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, group in enumerate(tqdm(groups, desc="random shards"), start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {

@@ -82,7 +82,7 @@ def convert(options: Options) -> Report:
     check_combination(options, kind, [recipes.detect(tower) for tower in towers])
     source = Checkpoint(folder)
     plan = Plan()
-    recipe = content = None
+    recipe, content = None, {}
     if options.to == "released":
         content = released_content(folder)
         plan.add(source, layouts.TO_RELEASED_RULES)

@@ -119,7 +119,7 @@ def llada_recipe(folder: Path, rows: int, tower: Path | None) -> Recipe:
     tokenizer = load_tokenizer(folder)
     add_tokens(tokenizer, VISION_TOKENS)
     fields: dict[str, Any] = {**layouts.BASE_FIELDS, "text_config": text, "text_only": tower is None}
-    settings = {"max_new_tokens": 128, "steps": 128, "block_length": 32, **token_ids(tokenizer)}
+    settings: dict[str, Any] = {"max_new_tokens": 128, "steps": 128, "block_length": 32, **token_ids(tokenizer)}
     settings["suppress_tokens"] = [tokenizer.convert_tokens_to_ids("<|mdm_mask|>")]
     if tower is None:
         config = finish_config(fields, tokenizer, rows, text["vocab_size"])
