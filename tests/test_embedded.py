@@ -91,7 +91,9 @@ def test_embedded_captions_of_held_out_scenes_name_the_objects(captioned, proces
     assert len(items) > 12
     for attribute in ("category", "size", "color"):
         named = [getattr(item, attribute) in head for item, head in zip(items, words, strict=True)]
-        assert sum(named) / len(items) > 0.7, attribute
+        assert sum(named) / len(items) > 0.85, attribute
+    exact = [text == item.caption for text, item in zip(itertools.chain(*found), items, strict=True)]
+    assert sum(exact) / len(items) > 0.3
 
 
 def test_embedded_regions_together_equal_regions_one_by_one(captioned, model, processor, held_out):
