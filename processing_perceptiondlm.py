@@ -29,7 +29,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .attention_perceptiondlm import ROI, SEPARATOR, SHARED
-from .configuration_perceptiondlm import num_tiles
+from .configuration_perceptiondlm import ATTENTION_LAYOUTS, REGION_CONDITIONINGS, num_tiles
 from .regions_perceptiondlm import area_pool, box_coverage, load_image, mask_boxes, region_masks
 
 
@@ -37,6 +37,7 @@ IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 ROI_TOKEN, CAPTION_TOKEN, PROMPT_TOKEN = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>", "<Prompt{}>"
 MASK_TOKEN, END_OF_TURN, END_OF_TEXT = "<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>"
 START_HEADER = "<|start_header_id|>"
+MASK_SAMPLINGS = ("area", "nearest")
 
 # LLaDA's chat format. Images stand where the message puts them; an assistant header is opened on request.
 CHAT_TEMPLATE = (
@@ -106,7 +107,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
         self.system_prompt, self.region_question = system_prompt, region_question
+        self._check_switches()
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def _check_switches(self) -> None:
+        """Raise `ValueError` naming the setting, its value and what is accepted."""
+        choices = {"region_conditioning": REGION_CONDITIONINGS, "attention_layout": ATTENTION_LAYOUTS}
+        for name, accepted in {**choices, "mask_sampling": MASK_SAMPLINGS}.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+        sizes = ("tile_size", "patch_size", "pixel_unshuffle", "max_tiles", "num_region_prompts", "roi_size")
+        for name in (*sizes, "coverage_subsamples", "mask_threshold"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        if self.mask_threshold > 255:
+            raise ValueError(f"mask_threshold must be in [1, 255], got {self.mask_threshold}")
+        if type(self.sort_regions) is not bool:
+            raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
     @classmethod
     def from_config(cls, config, tokenizer, **overrides: Any) -> "PerceptionDLMProcessor":

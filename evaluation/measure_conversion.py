@@ -3,18 +3,17 @@
     python -m perceptiondlm.evaluation.measure_conversion --tokenizer DIR --work DIR --json report.json
 
 Needs about 36 GB of disk in `--work`, which is emptied afterwards. `--tokenizer` is any checkpoint directory with
-LLaDA's tokenizer. The conversion runs in its own process, whose peak resident memory the system reports.
+LLaDA's tokenizer. The conversion runs in a process of its own, whose peak resident memory is reported.
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -74,19 +73,23 @@ def write_source(folder: Path, tokenizer: Path) -> int:
     return total
 
 
-def measure(source: Path, target: Path) -> dict:
+# What the fresh process runs.
+CONVERSION = """
+import dataclasses, json, sys
+from pathlib import Path
+from perceptiondlm.scripts.conversion.convert import Options, convert
+print(json.dumps(dataclasses.asdict(convert(Options(sys.argv[1], Path(sys.argv[2]))))))
+"""
+
+
+def measure(source: Path, target: Path) -> dict[str, Any]:
     """Convert in a fresh process; its seconds and peak resident memory."""
-    command = [sys.executable, "-m", "perceptiondlm.scripts.cli", "convert", str(source), str(target)]
-    start = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"the conversion failed with status {status}")
-    seconds = time.perf_counter() - start
+    command = [sys.executable, "-c", CONVERSION, str(source), str(target)]
+    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     return {
-        "seconds": round(seconds, 1),
-        "peak_resident_bytes": usage.ru_maxrss * 1024,
+        "seconds": round(report["seconds"], 1),
+        "peak_resident_bytes": report["peak_memory_bytes"],
         "largest_shard_bytes": largest,
         "bound_bytes": largest + 2 * 10**9,
     }

@@ -626,3 +626,20 @@ def test_sorted_regions_stand_by_area_and_remember_their_place(vision_config, ti
     areas = (batch["region_boxes"][:, 2:] - batch["region_boxes"][:, :2]).prod(dim=1)
     assert areas.tolist() == sorted(areas.tolist(), reverse=True)
     assert batch["region_order"].tolist() == [1, 3, 0, 2]  # over the passes, too
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_sampling": "bilinear"}, "mask_sampling.*area.*nearest.*bilinear"),
+        ({"mask_threshold": 0}, "mask_threshold.*got 0"),
+        ({"mask_threshold": 256}, r"mask_threshold.*\[1, 255\].*256"),
+        ({"sort_regions": "area"}, "sort_regions.*'area'"),
+        ({"attention_layout": "causal"}, "attention_layout.*'causal'"),
+        ({"region_conditioning": None}, "region_conditioning.*None"),
+        ({"max_tiles": 0}, "max_tiles.*got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(vision_config, tiny_processor, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor(vision_config, **settings)

@@ -115,6 +115,7 @@ def write_shards(folder: Path, parts: list[Part]) -> None:
             except SafetensorError as error:
                 raise OSError(f"could not write {name} ({part.num_bytes / 2**20:.0f} MiB): {error}") from error
             weight_map |= dict.fromkeys(tensors, name)
+            del tensors  # before the next part is made: one shard in memory at a time
             progress.update(part.num_bytes)
     if len(parts) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
