@@ -55,12 +55,12 @@ def run(options: argparse.Namespace) -> None:
     language = sum(weight.nbytes for weight in (*model.language_model.parameters(), model.lm_head.weight))
     result["bandwidth_bytes_per_s"] = bandwidth(device)
     result["weight_read_seconds"] = language / result["bandwidth_bytes_per_s"]
-    for count in options.regions:
-        result["rows"] += measure(study, count, options, device)
-        print(table(result, count))
     result["environment"] = environment(device)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for count in options.regions:
+        result["rows"] += measure(study, count, options, device)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")  # what an interruption leaves is whole
+        print(table(result, count))
     if options.plot:
         plot(result, options.plot)
 
