@@ -259,6 +259,30 @@ def test_source_keys_and_config_come_back(reference, tmp_path):
 
 
 @needs_reference
+def test_a_vocabulary_cut_to_the_tokenizer_loads_too(parallel, reference, tmp_path):
+    """Training shrank the embeddings to the tokenizer's 126375 rows while the config still says 126464."""
+    source = Path(shutil.copytree(reference / "tiny_parallel_checkpoint", tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weights[name] = weights[name][:126375].clone()
+    save_file(weights, source / "model.safetensors")
+    convert(Options(str(source), tmp_path / "model"))
+    model, processor = load(tmp_path / "model")
+    inputs = demo_inputs(processor, 1, 2)
+    slots = torch.full((2, 8), model.config.mask_token_id)
+    with torch.no_grad():
+        found = model(**inputs, answer_ids=slots).logits
+        whole = parallel[0](**demo_inputs(parallel[1], 1, 2), answer_ids=slots).logits
+    assert found.shape[-1] == 126375
+    close(found, whole[..., :126375], 1e-5)
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weights[name] = weights[name][:126000].clone()
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match="126000 rows for 126375 tokens"):
+        convert(Options(str(source), tmp_path / "short"))
+
+
+@needs_reference
 def test_the_way_back_keeps_the_tokenizer(reference, tmp_path):
     """Ids of every token, and a class that transformers 4, which the released code needs, can read."""
     convert(Options(str(reference / "parallel"), tmp_path / "back", to="released"))
