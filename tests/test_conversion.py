@@ -703,6 +703,28 @@ def test_impossible_combinations_are_refused(source, tmp_path, options, message)
         convert(Options(str(source), tmp_path / "target", **options))
 
 
+def test_only_a_finished_target_is_pushed(source, tmp_path, monkeypatch):
+    """The Hub gets the whole directory, and nothing when the conversion fails."""
+    pushed = []
+
+    class Hub:
+        def create_repo(self, repository, exist_ok):
+            assert exist_ok
+
+        def upload_folder(self, repo_id, folder_path):
+            pushed.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(conversion, "HfApi", Hub)
+    convert(Options(str(source), tmp_path / "target", push_to_hub="someone/model"))
+    ((repository, files),) = pushed
+    assert repository == "someone/model"
+    assert {"config.json", "conversion.json", "model.safetensors.index.json", "modeling_perceptiondlm.py"} <= set(files)
+    remove_shard(source)
+    with pytest.raises(FileNotFoundError):
+        convert(Options(str(source), tmp_path / "other", push_to_hub="someone/model"))
+    assert len(pushed) == 1
+
+
 def test_our_own_quirks_do_not_fit_the_released_code(tiny_model, tokenizer, tmp_path):
     model = tiny_model()
     export(model, PerceptionDLMProcessor.from_config(model.config, tokenizer), tmp_path / "ours", torch.float32)

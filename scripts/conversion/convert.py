@@ -137,7 +137,11 @@ def check_combination(options: Options, kind: str, tower_kinds: list[str]) -> No
     }[kind]
     what = recipes.KINDS[kind]
     if options.to not in possible:
-        hint = "give LLaDA as SOURCE and the tower as --vision-tower" if kind == "siglip" else " or ".join(f"--to {to}" for to in possible)
+        hint = (
+            "give LLaDA as SOURCE and the tower as --vision-tower"
+            if kind == "siglip"
+            else " or ".join(f"--to {to}" for to in possible)
+        )
         raise ValueError(f"{options.source} is {what}, which does not convert --to {options.to}; accepted: {hint}")
     if tower_kinds and (tower_kinds != ["siglip"] or not kind.startswith("llada")):
         found = ", ".join(recipes.KINDS[tower] for tower in tower_kinds)
