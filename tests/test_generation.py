@@ -363,6 +363,21 @@ def test_decoding_against_a_loop(replay, batch, steps, block_length):
     torch.testing.assert_close(output.confidences, confidences, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_cached_and_uncached_decoding_agree_on_random_models(tiny_model, tiny_processor, pictures, seed):
+    """A model per seed: every sampler in turn, batches of different images, passes of few and of many regions."""
+    model = tiny_model(seed, region_conditioning=CONDITIONINGS[seed % 2])
+    settings = {
+        "sampler": SAMPLERS[seed % len(SAMPLERS)], "threshold": 0.12, "entropy_bound": 4.0, "seed": seed,
+        "block_length": (None, 3)[seed // 2 % 2], "early_exit": seed % 3 > 0, "steps": (4, 6)[seed // 4 % 2],
+    }  # fmt: skip
+    images, masks = [s.image for s in pictures], [masks_of(s) for s in pictures]
+    batch = tiny_processor(model)(images=images, masks=masks, max_regions_per_pass=(2, 6)[seed // 8 % 2])
+    cached, uncached = (generate(model, batch, use_cache=flag, **settings) for flag in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert cached.num_forward_passes == uncached.num_forward_passes
+
+
 # --- adaptive decoding and early exit -----------------------------------------------------------------------------
 
 
