@@ -226,8 +226,7 @@ class PerceptionDLMGenerationMixin:
             prompt, num_shared = prompt.shared_first()
         num_answers = int(prompt.num_regions.clamp(min=1).sum())
         layout = self.lay_out_answers(prompt, num_answers, settings.max_new_tokens)
-        kept = encoded_image if num_shared else None
-        cache = self.prefill(prompt, layout, kept, num_shared) if cached else None
+        cache = self.prefill(prompt, layout, encoded_image, num_shared) if cached else None
         # 2. start from masks everywhere
         canvas = Canvas.blank(num_answers, settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
         order = self._caller_order(layout, sample_ids, region_order)

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import Pipeline
 from transformers.image_utils import is_valid_image
 
+from .regions_perceptiondlm import is_encoded
+
 
 REGION_FORMS = ("masks", "boxes", "label_map")
 SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
@@ -70,8 +72,7 @@ class RegionCaptioningPipeline(Pipeline):
 
     @staticmethod
     def _is_image(value: Any) -> bool:
-        is_encoded = hasattr(value, "tile_grids")
-        return is_encoded or isinstance(value, str) or hasattr(value, "__fspath__") or is_valid_image(value)
+        return is_encoded(value) or isinstance(value, str) or hasattr(value, "__fspath__") or is_valid_image(value)
 
     @staticmethod
     def _samples(images: Iterable[Any], given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ class RegionCaptioningPipeline(Pipeline):
         (form,) = forms[0]
         texts = [sample.get("text") or self.processor.region_question for sample in samples]
         images = [sample["image"] for sample in samples]
-        encoded = [image for image in images if hasattr(image, "tile_grids")]
+        encoded = [image for image in images if is_encoded(image)]
         if encoded and len(samples) > 1:
             raise ValueError("encoded images are captioned one by one: use batch_size=1")
         regions = {form: [sample[form] for sample in samples]}

@@ -30,7 +30,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .attention_perceptiondlm import ROI, SEPARATOR, SHARED
 from .configuration_perceptiondlm import ATTENTION_LAYOUTS, REGION_CONDITIONINGS, num_tiles
-from .regions_perceptiondlm import area_pool, box_coverage, load_image, mask_boxes, region_masks
+from .regions_perceptiondlm import area_pool, box_coverage, is_encoded, load_image, mask_boxes, region_masks
 
 
 IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -228,8 +228,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         regions = list(regions) if batched and isinstance(regions, (list, tuple)) else [regions]
         if len(regions) != len(images):
             raise ValueError(f"{len(images)} images need {len(images)} entries of {form}, got {len(regions)}")
-        ids = [prompt_ids] if not batched or prompt_ids is None else list(prompt_ids)
-        ids = ids * len(images) if prompt_ids is None else ids
+        ids = [None] * len(images) if prompt_ids is None else list(prompt_ids) if batched else [prompt_ids]
         if len(ids) != len(images):
             raise ValueError(f"{len(images)} images need {len(images)} lists of prompt_ids, got {len(ids)}")
         questions = self._per_sample(text, len(images)) if text is not None else [self.region_question] * len(images)
@@ -246,9 +245,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 chosen = order[group]
                 row = {"sample_id": index, "tiles": tiles, "grids": [grid], "sizes": [size]}
                 row |= {"order": chosen} if self.sort_regions else {}
-                row["prompt_ids"] = self._prompt_ids(given, chosen, len(masks), f"prompt_ids{suffix}")
-                row |= self._sequence(before, after, grid, row["prompt_ids"])
-                row |= self._region_features(masks[chosen], grid, row["prompt_ids"])
+                numbers = self._prompt_ids(given, chosen, len(masks), f"prompt_ids{suffix}")
+                row |= self._sequence(before, after, grid, numbers)
+                row |= self._region_features(masks[chosen], grid, numbers)
                 rows.append(row)
         return rows
 
@@ -300,7 +299,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _picture(self, image, max_tiles: int | None, name: str):
         """Tiles, grid and (height, width) of an image; an `EncodedImage` has no tiles any more."""
-        if hasattr(image, "tile_grids"):
+        if is_encoded(image):
             grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
             return None, tuple(grid), tuple(size)
         image = load_image(image, name=name)
@@ -429,7 +428,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         patches = self.patches_per_side
         coverage = np.zeros((num_tiles(grid), self.num_region_prompts, patches, patches), np.float32)
         coverage[:, prompt_ids] = pool(masks, grid, prompt_ids)
-        return {"boxes": boxes, "prompt_coverage": coverage}
+        return {"boxes": boxes, "prompt_coverage": coverage, "prompt_ids": prompt_ids}
 
     def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int], _prompt_ids: np.ndarray) -> np.ndarray:
         """Share of every patch of every tile that each of N regions covers: (T, N, P, P)."""
@@ -485,7 +484,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             ("boxes", "region_boxes"),
             ("coverage", "region_coverage"),
             ("prompt_coverage",) * 2,
-            *([("prompt_ids",) * 2] if self.region_conditioning == "vision" else []),
+            ("prompt_ids",) * 2,
             ("order", "region_order"),
         ):
             if found := [row[key] for row in rows if key in row]:

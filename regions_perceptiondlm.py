@@ -44,6 +44,11 @@ LABEL_FORMS = f"integer array or tensor (H, W), path or PIL image of mode {', '.
 UNREADABLE = (OSError, HTTPException, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
 
 
+def is_encoded(image: Any) -> bool:
+    """Whether an object stands for an image that a model has encoded (an `EncodedImage`)."""
+    return hasattr(image, "tile_grids")
+
+
 def load_image(image: Any, name: str = "image") -> Image.Image:
     """Return `image` as a PIL image of mode RGB: the stored pixels, in the stored orientation.
 

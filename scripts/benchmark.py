@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.evaluation.efficiency import GRID, SHAPES, SYSTEMS, Study, build_model, make_inputs
 from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.scripts.loading import REPOSITORY
+from perceptiondlm.scripts.loading import REPOSITORY, torch_dtype
 
 
 COLOURS = ("#888888", "#1d78d8", "#e63946", "#f48c06", "#9a9a3c", "#83388c", "#2a9d53")
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--regions and --rounds must be at least 1, got {options.regions} and {options.rounds}")
     device = torch.device(options.device)
     name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model = build_model(options.shape, str(REPOSITORY), device, getattr(torch, name))
+    model = build_model(options.shape, str(REPOSITORY), device, torch_dtype(name))
     study = Study(model, options.tokens, options.steps, options.fast_steps, options.compile_rival)
     result: dict[str, Any] = {
         "shape": options.shape, "dtype": name, "prompt": {"grid": GRID}, "steps": options.steps,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.regions_perceptiondlm import load_image, region_masks
 from perceptiondlm.scripts.annotate import annotate
-from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline, read_json
 
 
 MASK_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -131,16 +131,6 @@ def read_boxes(values: list[str]) -> list:
         return [[float(number) for number in value.split(",")] for value in values]
     except ValueError as error:
         raise ValueError(f"--boxes takes x0,y0,x1,y1 or a .json file, got {values}") from error
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content; refuses a missing or broken file by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def finished_images(path: Path | None) -> set[str]:

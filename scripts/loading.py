@@ -1,6 +1,7 @@
 """What the subcommands share: which model, on which device, with which generate settings."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,24 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
         model = str(REPOSITORY)
     elif Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")
-    if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
-        raise ValueError(f"--dtype must be a torch dtype such as float32 or bfloat16, got {options.dtype!r}")
+    dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
-    return pipeline(
-        "region-captioning", model=model, trust_remote_code=True, device=options.device, dtype=options.dtype
-    )
+    return pipeline("region-captioning", model=model, trust_remote_code=True, device=options.device, dtype=dtype)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of `--dtype`."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype must be a torch dtype such as float32 or bfloat16, got {name!r}")
+    return dtype
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; refuses a missing or broken file by name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

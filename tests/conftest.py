@@ -100,3 +100,15 @@ def scene():
     """
     scenes = (draw_scene(0, index) for index in range(100))
     return next(s for s in scenes if len(s.objects) == 3 and max(s.image.size) > 1.5 * min(s.image.size))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """The tiny model with default settings, one per test file."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor(model, tiny_processor):
+    """The processor of `model`."""
+    return tiny_processor(model)

@@ -14,16 +14,6 @@ def masks_of(scene) -> list:
     return [item.mask for item in scene.objects]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor(model, tiny_processor):
-    return tiny_processor(model)
-
-
 @pytest.fixture
 def encoded(model, processor, scene):
     return model.encode_image(**processor(images=scene.image, masks=masks_of(scene)))

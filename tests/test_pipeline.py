@@ -57,16 +57,6 @@ class CountingPipeline(RegionCaptioningPipeline):
         return inputs
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor(model, tiny_processor):
-    return tiny_processor(model)
-
-
 @pytest.fixture
 def pipe(model, processor):
     return CountingPipeline(model=model, processor=processor, **SETTINGS)

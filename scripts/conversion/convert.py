@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.evaluation.environment import environment
+from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.scripts.conversion import layouts, recipes
@@ -23,11 +24,12 @@ from perceptiondlm.scripts.conversion.files import (
     Checkpoint,
     Part,
     new_folder,
-    read_json,
+    refuse_existing,
     write_json,
     write_shards,
 )
 from perceptiondlm.scripts.conversion.plan import Plan
+from perceptiondlm.scripts.loading import read_json
 from perceptiondlm.training.checkpoint import prepare_config, register_auto_classes
 from perceptiondlm.training.tokenizer import REGION_TOKENS, VISION_TOKENS
 
@@ -76,6 +78,7 @@ def convert(options: Options) -> Report:
         FileNotFoundError, FileExistsError, OSError, ValueError: naming what is wrong; nothing is left behind.
     """
     start = time.perf_counter()
+    refuse_existing(options.target)  # before anything is downloaded
     folder = local_folder(options.source)
     kind = recipes.detect(folder)
     towers = [local_folder(options.vision_tower)] if options.vision_tower else []
@@ -237,7 +240,7 @@ def write_model_files(folder: Path, recipe: recipes.Recipe, dtype: torch.dtype) 
     config = prepare_config(recipe.config)
     config.architectures, config.dtype = ["PerceptionDLMForConditionalGeneration"], dtype
     config.save_pretrained(folder)
-    recipes.generation_config(recipe).save_pretrained(folder)
+    PerceptionDLMGenerationConfig(**recipe.generation).save_pretrained(folder)
     PerceptionDLMProcessor.from_config(config, recipe.tokenizer, **recipe.processor).save_pretrained(folder)
     with torch.device("meta"):
         custom_object_save(PerceptionDLMForConditionalGeneration(config), folder, config=config)
@@ -256,7 +259,7 @@ def record(options: Options, kind: str, folder: Path, plan: Plan) -> dict[str, A
 
 
 def released_content(folder: Path) -> dict[str, Any]:
-    """The released config of one of our checkpoints: the one it came from if it still describes it, or a new one."""
+    """The released config of one of our checkpoints: the one it was converted from, or else a new one."""
     config = PerceptionDLMConfig.from_pretrained(folder)
     as_released = all(getattr(config, name) == value for name, value in layouts.RELEASED_QUIRKS.items())
     as_base = all(getattr(config, name) == value for name, value in layouts.BASE_FIELDS.items())

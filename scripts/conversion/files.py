@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from perceptiondlm.scripts.loading import read_json
+
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,11 +27,6 @@ class StoredTensor:
     shard: str
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def num_elements(self) -> int:
-        """Product of the shape."""
-        return int(torch.Size(self.shape).numel())
 
 
 class Checkpoint:
@@ -122,16 +119,19 @@ def write_shards(folder: Path, parts: list[Part]) -> None:
         write_json(folder / INDEX, content)
 
 
+def refuse_existing(target: Path) -> None:
+    """Raise `FileExistsError` if the target exists and is not an empty directory."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already: choose another target or remove it")
+
+
 @contextmanager
 def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """A folder to fill that becomes `target` when all went well, and vanishes when anything went wrong.
 
     Raises:
-        FileExistsError: if the target exists and is not an empty directory.
         OSError: if the disk has no room for `num_bytes`.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already: choose another target or remove it")
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
@@ -144,16 +144,6 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's content; refuses a missing or broken file by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -76,14 +76,7 @@ LLADA_RULES = (
     Rule(rf"{LLADA_BLOCK}ff_out\.", r"language_model.layers.\1.mlp.down_proj."),
 )
 RELEASED_RULES = (
-    *(
-        Rule(
-            r"vision_model\." + rule.prefix,
-            rule.replacement,
-            rule.reason,
-        )
-        for rule in SIGLIP_RULES
-    ),
+    *(Rule(r"vision_model\." + rule.prefix, rule.replacement, rule.reason) for rule in SIGLIP_RULES),
     Rule(r"vision_abstractor\.projection\.0\.", "projector.linear_1."),
     Rule(r"vision_abstractor\.projection\.2\.", "projector.linear_2."),
     *(Rule(r"language_model\." + rule.prefix, rule.replacement, rule.reason) for rule in LLAMA_RULES),

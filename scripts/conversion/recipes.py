@@ -7,9 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
-from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.scripts.conversion import layouts
-from perceptiondlm.scripts.conversion.files import read_json
+from perceptiondlm.scripts.loading import read_json
 from perceptiondlm.training.tokenizer import REGION_TOKENS, VISION_TOKENS, special_token_ids
 
 
@@ -163,8 +162,3 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def generation_config(recipe: Recipe) -> PerceptionDLMGenerationConfig:
-    """Generation settings of a target."""
-    return PerceptionDLMGenerationConfig(**recipe.generation)
