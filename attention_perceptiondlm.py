@@ -140,8 +140,23 @@ def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:
     return counts.cumsum(dim=-1) - counts
 
 
-def attention_bias(allowed: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
-    """The mask in the form an attention implementation expects: bool for sdpa, additive float for eager."""
+def attention_bias(allowed: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor | None:
+    """The mask in the form an attention implementation expects.
+
+    Returns:
+        bool for sdpa, additive float for eager, None for flash attention, which knows no masks.
+    Raises:
+        ValueError: flash attention, and some token must not see another.
+    """
+    if "flash" in implementation:
+        if allowed.all():
+            return None
+        raise ValueError(
+            f"attn_implementation={implementation!r} takes no mask, but here some tokens are hidden from others. It "
+            "captions regions in the isolated layout and answers questions, of images and questions of one length at a "
+            "time; for other batches, compiled passes, the other layouts and training, use attn_implementation='sdpa' "
+            "(the vision tower may keep it: {'vision_config': 'flash_attention_2', 'text_config': 'sdpa'})"
+        )
     if implementation != "eager":
         return allowed
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

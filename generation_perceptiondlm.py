@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
+from .denoiser_perceptiondlm import Denoiser
 from .sampling_perceptiondlm import (
     ADAPTIVE_SAMPLERS,
     SAMPLERS,
@@ -54,8 +55,13 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         threshold (`float`, defaults to 0.9): from which a slot is sure, in (0, 1]; for `"threshold"` and `"margin"`.
         entropy_bound (`float`, defaults to 0.1): nats that the slots committed at once may have; for `"entropy_bound"`.
         early_exit (`bool`, defaults to True): an answer is finished when an end token and everything before it are
-            decided; its text cannot change any more. Later slots are filled, and the answer leaves the running batch.
+            decided; its text cannot change any more. Later slots are filled, and the answer leaves the running
+            batch.
             In layouts where captions see each other, all answers finish together.
+        refresh_interval (`int`, defaults to 1): in layouts where the prompt sees captions, every how many passes its
+            keys and values are computed anew; 1 is exact. In the isolated layout they never change.
+        compile (`bool`): run the passes through `torch.compile`, for many images of a kind: shapes recur (prompts are
+            padded to a multiple of 256 tokens, regions to a power of two), and every new one is compiled first.
         temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
         top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling to the likeliest tokens.
         suppress_tokens (`list[int]`, *optional*): ids that are never chosen.
@@ -77,6 +83,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         self.threshold: float = kwargs.pop("threshold", 0.9)
         self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
         self.early_exit: bool = kwargs.pop("early_exit", True)
+        self.refresh_interval: int = kwargs.pop("refresh_interval", 1)
+        self.compile: bool = kwargs.pop("compile", False)
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
@@ -97,13 +105,13 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         """Names of the public settings."""
         return (
             "max_new_tokens", "steps", "block_length", "shared_schedule", "remasking", "sampler", "threshold",
-            "entropy_bound", "early_exit", "temperature", "top_k", "top_p", "suppress_tokens", "seed", "bos_token_id",
-            "eos_token_id", "pad_token_id",
+            "entropy_bound", "early_exit", "refresh_interval", "compile", "temperature", "top_k", "top_p",
+            "suppress_tokens", "seed", "bos_token_id", "eos_token_id", "pad_token_id",
         )  # fmt: skip
 
     def validate(self, **_unused: Any) -> None:
         """Raise `ValueError` naming the setting, its value and what is accepted."""
-        for name in ("max_new_tokens", "steps", "block_length", "top_k"):
+        for name in ("max_new_tokens", "steps", "block_length", "refresh_interval", "top_k"):
             value = getattr(self, name)
             optional = name in ("block_length", "top_k")
             if not (optional and value is None) and (type(value) is not int or value < 1):
@@ -112,7 +120,7 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"block_length={self.block_length} must divide max_new_tokens={self.max_new_tokens}")
         if self.steps < self.num_blocks:
             raise ValueError(f"steps={self.steps} must be at least the number of blocks, {self.num_blocks}")
-        for name in ("shared_schedule", "remasking", "early_exit"):
+        for name in ("shared_schedule", "remasking", "early_exit", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.sampler not in SAMPLERS:
@@ -181,9 +189,6 @@ class PerceptionDLMGenerationMixin:
     config: Any
     device: torch.device
     embed_prompt: Callable[..., Any]
-    lay_out_answers: Callable[..., Any]
-    prefill: Callable[..., Any]
-    score_answers: Callable[..., torch.Tensor]
 
     def can_generate(self) -> bool:
         return True
@@ -211,7 +216,8 @@ class PerceptionDLMGenerationMixin:
             generator: source of randomness for sampling (or set `seed`).
             streamer: its `put_draft` receives the ids (A, G) after every step, and `end()` is called at the end.
             encoded_image: an `EncodedImage` instead of `pixel_values`; all rows then ask one question about it.
-            use_cache: keep the prompt's keys and values. Only the isolated layout does so (there it is exact).
+            use_cache: keep the prompt's keys and values between passes: exactly in the isolated layout, and elsewhere
+                with a `refresh_interval` above 1.
         Raises:
             ValueError: for unknown keywords, settings out of range, or inputs that do not fit together.
         """
@@ -220,21 +226,17 @@ class PerceptionDLMGenerationMixin:
             raise TypeError(f"streamer must have put_draft(ids) and end(), got {type(streamer).__name__}")
         generator = generator or self._seeded(settings)
         # 1. condition
-        prompt, num_shared = self.embed_prompt(input_ids, encoded_image=encoded_image, **inputs), 0
-        cached = use_cache and self.config.attention_layout == "isolated"
-        if encoded_image is not None and cached:
-            prompt, num_shared = prompt.shared_first()
-        num_answers = int(prompt.num_regions.clamp(min=1).sum())
-        layout = self.lay_out_answers(prompt, num_answers, settings.max_new_tokens)
-        cache = self.prefill(prompt, layout, encoded_image, num_shared) if cached else None
+        prompt = self.embed_prompt(input_ids, encoded_image=encoded_image, **inputs)
+        targets_B = prompt.num_regions.clamp(min=1)  # a row without regions has one answer
+        row_A = torch.arange(len(targets_B), device=input_ids.device).repeat_interleave(targets_B)
+        kinds = (settings.refresh_interval, settings.compile)
+        denoiser = Denoiser(self, prompt, settings.max_new_tokens, encoded_image, use_cache, *kinds)
         # 2. start from masks everywhere
-        canvas = Canvas.blank(num_answers, settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
-        order = self._caller_order(layout, sample_ids, region_order)
+        canvas = Canvas.blank(len(row_A), settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
+        samples_A = row_A if sample_ids is None else sample_ids[row_A]
+        order = self._caller_order(samples_A, region_order)
         # 3. denoise, step by step
-        passes = filled = 0
-        for filled_now in self._denoise(canvas, prompt, layout, cache, settings, generator):
-            passes += 1
-            filled += filled_now
+        for _ in self._denoise(canvas, denoiser, row_A, settings, generator):
             if streamer is not None:
                 streamer.put_draft(canvas.ids[order].cpu())
         if streamer is not None:
@@ -242,71 +244,63 @@ class PerceptionDLMGenerationMixin:
         return PerceptionDLMGenerationOutput(
             sequences=canvas.ids[order],
             confidences=canvas.confidence[order],
-            sample_ids=(layout.row_A if sample_ids is None else sample_ids[layout.row_A])[order],
+            sample_ids=samples_A[order],
             region_indices=order,
-            num_forward_passes=passes,
-            tokens_per_forward=(canvas.ids.numel() - filled) / passes,
+            num_forward_passes=denoiser.passes,
+            tokens_per_forward=(canvas.ids.numel() - int(canvas.filled.sum())) / denoiser.passes,
         )
 
-    def _denoise(self, canvas: Canvas, prompt, layout, cache, settings, generator) -> Iterator[int]:
-        """Run the steps on a canvas; yields after each, with the number of slots that an early exit filled.
+    def _denoise(self, canvas: Canvas, denoiser: Denoiser, row_A, settings, generator) -> Iterator[None]:
+        """Run the steps on a canvas; yields after each.
 
         Answers whose slots are all decided leave the running batch where nothing else looks at them (isolated layout).
-        Finding them asks the device once per step.
+        To find them the device is asked once per step, and not at all where the schedule alone says when to stop.
         """
         config = self.config
-        sample_tokens = TokenSampler(
-            settings.temperature, settings.top_k, settings.top_p, tuple(settings.suppress_tokens or ()), generator
-        )
+        suppressed = torch.tensor(settings.suppress_tokens or [], dtype=torch.int64, device=row_A.device)
+        sample_tokens = TokenSampler(settings.temperature, settings.top_k, settings.top_p, suppressed, generator)
         rank_slots = SlotSampler(settings.sampler, settings.threshold, settings.entropy_bound, generator)
-        group_A = layout.row_A if settings.shared_schedule else torch.arange(len(layout.row_A), device=layout.device)
+        group_A = row_A if settings.shared_schedule else torch.arange(len(row_A), device=row_A.device)
         length = settings.block_length or settings.max_new_tokens
         targets_SA = self._targets(settings, length, group_A)
         ends = (config.end_of_turn_token_id, config.end_of_text_token_id)
         alone = not (settings.remasking or settings.shared_schedule)  # whether answers decide for themselves
+        closes = alone and settings.early_exit
+        runs_ahead = closes or settings.sampler in ADAPTIVE_SAMPLERS  # of its schedule
         leaves = alone and config.attention_layout == "isolated"
-        everything = (prompt, layout, cache)
+        everything = torch.arange(len(row_A), device=row_A.device)
         for start in range(0, settings.max_new_tokens, length):
             block = slice(start, start + length)
-            running, (prompt, layout, cache) = torch.arange(len(group_A), device=group_A.device), everything
+            running = everything
+            denoiser.run_all()
+            open_A = canvas.undecided(block) if runs_ahead and start else everything
             for target_A in targets_SA:
-                undecided = (~canvas.decided[:, block]).any(dim=1)
-                if not (settings.remasking or undecided.any()):
+                if not len(open_A):
                     break
-                if leaves and not undecided[running].all():
-                    prompt, layout, cache = self._keep(undecided[running], prompt, layout, cache)
-                    running = undecided.nonzero()[:, 0]
+                if leaves and len(open_A) != len(running):
+                    running = open_A
+                    denoiser.select(running)
                 part = canvas.rows(running)
-                logits = self.score_answers(prompt, layout, part.ids, cache)
-                tokens, confidence, probabilities = sample_tokens(logits)
+                tokens, confidence, probabilities = sample_tokens(denoiser(part.ids))
                 free = torch.zeros_like(part.decided)
                 free[:, block] = ~part.decided[:, block]
                 priority, sure = rank_slots(confidence, probabilities, free)
                 target = target_A[running]
-                if alone:  # an answer that ran ahead of its schedule still goes on
+                if runs_ahead:  # an answer that ran ahead of its schedule still goes on
                     target = torch.maximum(target, part.decided[:, block].sum(dim=1) + 1).clamp(max=length)
                 part.update(tokens, confidence, priority, sure, block, group_A[running], target, settings.remasking)
-                filled = 0
-                if alone and settings.early_exit:
-                    filled = part.close(ends, config.end_of_text_token_id, all_at_once=not leaves)
+                if closes:
+                    part.close(ends, config.end_of_text_token_id, all_at_once=not leaves)
                 canvas.put(running, part)
-                yield filled
+                yield
+                if runs_ahead:
+                    open_A = canvas.undecided(block)
 
     @staticmethod
-    def _keep(keep_A: torch.Tensor, prompt, layout, cache):
-        """Prompt, layout and cache of some of the running answers; rows without any are left out."""
-        rows = layout.row_A[keep_A].unique()
-        if len(rows) < len(prompt.num_regions):
-            prompt = prompt.rows(rows)
-            cache = cache.rows(rows) if cache is not None else None
-        return prompt, layout.subset(keep_A, rows, prompt), cache
-
-    @staticmethod
-    def _caller_order(layout, sample_ids, region_order) -> torch.Tensor:
+    def _caller_order(samples_A: torch.Tensor, region_order: torch.Tensor | None) -> torch.Tensor:
         """Permutation (A,) of the answers into samples, and within them into the order their regions were given."""
         if region_order is None:
-            return torch.arange(len(layout.row_A), device=layout.row_A.device)
-        samples_A = layout.row_A if sample_ids is None else sample_ids[layout.row_A]
+            return torch.arange(len(samples_A), device=samples_A.device)
         within = region_order.argsort(stable=True)
         return within[samples_A[within].argsort(stable=True)]
 

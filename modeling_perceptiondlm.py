@@ -7,8 +7,7 @@ width, n image tokens per tile side, D language width, R regions (all rows), S b
 A answers (caption blocks, all rows), G slots per answer, M answers per row (padded), W tokens per answer, V vocabulary.
 """
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,19 +18,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from .attention_perceptiondlm import (
-    CAPTION,
-    PAD,
-    ROI,
-    SHARED,
-    TokenRoles,
-    allowed_attention,
-    attention_bias,
-    block_positions,
-    prompt_positions,
-)
+from .attention_perceptiondlm import PAD, ROI, TokenRoles, allowed_attention, attention_bias, prompt_positions
 from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from .denoiser_perceptiondlm import EncodedImage
 from .generation_perceptiondlm import PerceptionDLMGenerationConfig, PerceptionDLMGenerationMixin
+from .layout_perceptiondlm import AnswerLayout, Prompt
 
 
 if TYPE_CHECKING:  # named here so that save_pretrained copies these files next to every checkpoint
@@ -85,94 +76,18 @@ class BidirectionalLlamaModel(LlamaModel):
         """Embeddings (B, X, D) to normalised hidden states (B, X, D).
 
         Args:
-            attention_mask: (B, 1, X, keys), bool or additive as the attention implementation expects.
+            attention_mask: (B, 1, X, keys), bool or additive as the implementation expects; None: all see all.
             position_ids: (B, X) int64.
             past_key_values: a `PrefixCache`, or None.
         """
+        # Layers get the rotation, not the ids: flash attention takes repeated ids for packed sequences.
         rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden = inputs_embeds
         for layer in self.layers:
             hidden = layer(
-                hidden,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=rotary,
+                hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_embeddings=rotary
             )
         return self.norm(hidden)
-
-
-class PrefixCache:
-    """Keys and values of the prompt, exact in every step because nothing in it looks at a caption (layout `isolated`).
-
-    Every pass writes its keys and values behind the prefix, in place; `keep` makes them part of it.
-
-    Args:
-        num_layers: of the language model.
-        capacity: tokens of the prefix and of the longest pass after it.
-    """
-
-    def __init__(self, num_layers: int, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-
-    def update(self, key, value, layer_idx, *_args, **_kwargs):
-        """Store (B, heads, X, d) keys and values of a layer and return all it may attend to."""
-        pair = self.buffers[layer_idx]
-        if pair is None:
-            shape = (*key.shape[:2], self.capacity, key.shape[3])
-            pair = self.buffers[layer_idx] = (key.new_empty(shape), value.new_empty(shape))
-        end = self.length + key.shape[2]
-        for buffer, new in zip(pair, (key, value), strict=True):
-            buffer[:, :, self.length : end] = new
-        return tuple(buffer[:, :, :end] for buffer in pair)
-
-    def keep(self, num_tokens: int) -> None:
-        """Add the tokens of the last pass to the prefix."""
-        self.length += num_tokens
-
-    def start_from(self, other: "PrefixCache", num_rows: int) -> None:
-        """Begin with the prefix of a cache of one row, in every one of `num_rows` rows."""
-        for layer, pair in enumerate(other.buffers):
-            assert pair is not None  # every layer has seen the prefix
-            self.update(*(tensor[:, :, : other.length].expand(num_rows, -1, -1, -1) for tensor in pair), layer)
-        self.keep(other.length)
-
-    def rows(self, index_B: torch.Tensor) -> "PrefixCache":
-        """The cache of some rows of the batch."""
-        part = PrefixCache(len(self.buffers), self.capacity)
-        part.length = self.length
-        part.buffers = [None if pair is None else (pair[0][index_B], pair[1][index_B]) for pair in self.buffers]
-        return part
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all buffers."""
-        return sum(tensor.nbytes for pair in self.buffers if pair is not None for tensor in pair)
-
-
-@dataclass
-class EncodedImage:
-    """An image encoded once, to be captioned as often as wanted (made by `encode_image`).
-
-    It stands for the image in the processor and in the pipeline. What was computed for a question's shared tokens
-    (system turn, image, question) is kept, too, so that further regions cost only their own tokens.
-
-    Args:
-        tiles: (T, n, n, D) image tokens.
-        tile_grids: (1, 2) columns and rows; image_sizes: (1, 2) height and width in pixels.
-        prefixes: keys and values of the shared tokens, by those tokens' ids.
-    """
-
-    tiles: torch.Tensor
-    tile_grids: torch.Tensor
-    image_sizes: torch.Tensor
-    prefixes: dict[tuple[int, ...], PrefixCache] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held: `tiles`, and 2 * layers * shared tokens * width for every question asked so far."""
-        return self.tiles.nbytes + sum(prefix.num_bytes for prefix in self.prefixes.values())
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -272,159 +187,6 @@ def box_geometry(boxes_R4: torch.Tensor, image_size_R2: torch.Tensor) -> torch.T
     return torch.cat((boxes_R4, extent / torch.minimum(width, height)[:, None]), dim=-1)
 
 
-@dataclass
-class Prompt:
-    """What the answers are conditioned on.
-
-    Args:
-        ids, embeds: tokens (B, L) and their embeddings (B, L, D), with image and RoI features in place.
-        roles, positions: roles and position ids (B, L).
-        num_regions: regions per row (B,).
-        markers: index of the marker that opens each region's caption (R,).
-    """
-
-    ids: torch.Tensor
-    embeds: torch.Tensor
-    roles: TokenRoles
-    positions: torch.Tensor
-    num_regions: torch.Tensor
-    markers: torch.Tensor
-
-    def rows(self, index_B: torch.Tensor) -> "Prompt":
-        """The prompt of some rows of the batch."""
-        chosen = [self.markers.split(self.num_regions.tolist())[row] for row in index_B.tolist()]
-        tensors = (self.ids[index_B], self.embeds[index_B], self.roles.map(lambda x: x[index_B]))
-        return Prompt(*tensors, self.positions[index_B], self.num_regions[index_B], torch.cat(chosen))
-
-    def tokens(self, start: int, end: int | None = None) -> "Prompt":
-        """A run of tokens of every row."""
-        run = slice(start, end)
-        tensors = (self.ids[:, run], self.embeds[:, run], self.roles.map(lambda x: x[:, run]))
-        return Prompt(*tensors, self.positions[:, run], self.num_regions, self.markers)
-
-    def shared_first(self) -> tuple["Prompt", int]:
-        """The same tokens with the shared ones in front, and their number, which is the same in every row."""
-        shared = self.roles.role == SHARED
-        order = (~shared).long().argsort(dim=1, stable=True)
-        ids = self.ids.gather(1, order)
-        count = int(shared.sum(dim=1)[0])
-        if (shared.sum(dim=1) != count).any() or (ids[:, :count] != ids[:1, :count]).any():
-            raise ValueError("all rows of a call on an encoded image must ask the same question about it")
-        embeds = self.embeds.gather(1, order[..., None].expand_as(self.embeds))
-        roles = self.roles.map(lambda x: x.gather(1, order))
-        return Prompt(ids, embeds, roles, self.positions.gather(1, order), self.num_regions, self.markers), count
-
-
-class AnswerLayout:
-    """Where the slots of A answers stand: one block of W tokens each, M blocks per row, rows padded with PAD blocks.
-
-    A block is `[marker, slots]`, outside the isolated layout followed by a terminator. The answer of a row without
-    regions is `[slots]` alone: its marker and terminator are padding.
-
-    Args:
-        prompt: the prompt, with the number of regions of every row.
-        num_answers: A, a multiple of the number of targets (regions, and rows without any): several noised copies of
-            one answer may stand next to each other.
-        num_slots: G.
-        config: the model's configuration.
-        lengths_A: slots that exist in each answer, by default all G; the others are padding.
-    """
-
-    def __init__(
-        self,
-        prompt: Prompt,
-        num_answers: int,
-        num_slots: int,
-        config: PerceptionDLMConfig,
-        lengths_A: torch.Tensor | None = None,
-    ):
-        self.config, self.device = config, prompt.embeds.device
-        targets_B = prompt.num_regions.clamp(min=1)
-        targets = int(targets_B.sum())
-        if num_answers == 0 or num_answers % targets:
-            raise ValueError(f"{num_answers} answers do not fit {targets} regions (or rows without regions)")
-        copies = num_answers // targets
-        self.terminated = config.attention_layout != "isolated"
-        self.num_slots, self.width = num_slots, 1 + num_slots + self.terminated
-        blocks_B = targets_B * copies
-        self.row_A = torch.arange(len(blocks_B), device=self.device).repeat_interleave(blocks_B)
-        index_A = torch.arange(num_answers, device=self.device) - (blocks_B.cumsum(0) - blocks_B)[self.row_A]
-        self.region_A = index_A // copies
-        self.last_A = index_A == blocks_B[self.row_A] - 1
-        self.marked_A = (prompt.num_regions > 0)[self.row_A]
-        self.marker_A = self._markers(prompt)
-        self.lengths_A = lengths_A
-        self._arrange(prompt)
-
-    def _arrange(self, prompt: Prompt) -> None:
-        """Place the answers' blocks side by side in their rows."""
-        counts_B = torch.bincount(self.row_A, minlength=len(prompt.num_regions))
-        self.num_blocks = int(counts_B.max())
-        first_A = (counts_B.cumsum(0) - counts_B)[self.row_A]
-        self.block_A = torch.arange(len(self.row_A), device=self.device) - first_A
-        self.roles = self._roles(len(counts_B))
-        self.positions = block_positions(prompt.roles, self.roles, self.num_blocks, self.config.attention_layout)
-
-    def subset(self, keep_A: torch.Tensor, rows_B: torch.Tensor, prompt: Prompt) -> "AnswerLayout":
-        """The layout of some answers alone, behind a prompt that has the rows `rows_B` of this one's."""
-        part = copy.copy(self)
-        for name in ("region_A", "last_A", "marked_A", "marker_A"):
-            setattr(part, name, getattr(self, name)[keep_A])
-        part.lengths_A = None if self.lengths_A is None else self.lengths_A[keep_A]
-        part.row_A = torch.searchsorted(rows_B, self.row_A[keep_A])
-        part._arrange(prompt)
-        return part
-
-    def _markers(self, prompt: Prompt) -> torch.Tensor:
-        """Id of the token that opens each answer's block; where a row has no regions, it is padding."""
-        markers_A = torch.full_like(self.region_A, self.config.end_of_text_token_id)
-        index_R = prompt.markers if self.config.region_conditioning == "vision" else torch.zeros_like(prompt.markers)
-        first_B = prompt.num_regions.cumsum(0) - prompt.num_regions
-        regions = (first_B[self.row_A] + self.region_A)[self.marked_A]
-        ids = torch.tensor(self.config.caption_token_ids, device=self.device, dtype=torch.int64)
-        markers_A[self.marked_A] = ids[index_R[regions]]
-        return markers_A
-
-    def _roles(self, num_rows: int) -> TokenRoles:
-        exists_AW = torch.ones(len(self.row_A), self.width, dtype=torch.bool, device=self.device)
-        exists_AW[:, 0] = self.marked_A
-        if self.terminated:
-            exists_AW[:, -1] = self.marked_A
-        if self.lengths_A is not None:
-            slots_G = torch.arange(self.num_slots, device=self.device)
-            exists_AW[:, 1 : 1 + self.num_slots] = slots_G < self.lengths_A[:, None]
-        shape = (num_rows, self.num_blocks, self.width)
-        role = torch.full(shape, PAD, device=self.device)
-        region, block = torch.full_like(role, -1), torch.full_like(role, -1)
-        role[self.row_A, self.block_A] = torch.where(exists_AW, CAPTION, PAD)
-        region[self.row_A, self.block_A] = self.region_A[:, None].expand(-1, self.width)
-        block[self.row_A, self.block_A] = self.block_A[:, None].expand(-1, self.width)
-        return TokenRoles(*(x.flatten(1) for x in (role, region, block)))
-
-    def enclose(self, slots_AG: torch.Tensor) -> torch.Tensor:
-        """Ids of whole blocks (A, W): the slots (A, G) between marker and terminator."""
-        parts = [self.marker_A[:, None], slots_AG]
-        if self.terminated:
-            ends = torch.where(self.last_A, self.config.end_of_turn_token_id, self.config.newline_token_id)
-            parts.append(ends[:, None])
-        return torch.cat(parts, dim=1)
-
-    def enclose_labels(self, labels_AG: torch.Tensor) -> torch.Tensor:
-        """Labels of whole blocks (A, W), -100 where a block has no token."""
-        exists_AW = self.pick(self.roles.role) != PAD
-        return self.enclose(labels_AG).masked_fill(~exists_AW, -100)
-
-    def token_ids(self, blocks_AW: torch.Tensor) -> torch.Tensor:
-        """Lay whole blocks (A, W) out in their rows, (B, M * W)."""
-        ids = torch.full_like(self.roles.role, self.config.end_of_text_token_id)
-        ids.view(-1, self.num_blocks, self.width)[self.row_A, self.block_A] = blocks_AW
-        return ids
-
-    def pick(self, tokens_BX: torch.Tensor) -> torch.Tensor:
-        """Whole blocks out of all block tokens: (B, M * W, ...) to (A, W, ...)."""
-        return tokens_BX.unflatten(1, (self.num_blocks, self.width))[self.row_A, self.block_A]
-
-
 def noise_answers(
     labels_AG: torch.Tensor, mask_token_id: int, mask_probability_A1: torch.Tensor, uniform_AG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -469,6 +231,7 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SiglipEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes=False, **kwargs):
@@ -775,9 +538,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         ]
         return self.region_replay(torch.cat(features), region_coverage, box_geometry(boxes_R4, sizes_R2))
 
-    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None) -> AnswerLayout:
+    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, **options):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""
-        layout = AnswerLayout(prompt, num_answers, num_slots, self.config, lengths_A)
+        layout = AnswerLayout(prompt, num_answers, num_slots, self.config, lengths_A, **options)
         end = int(layout.positions.max()) + 1
         limit = self.config.text_config.max_position_embeddings
         if end > limit:
@@ -786,58 +549,31 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
         return layout
 
-    def score_answers(self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None) -> torch.Tensor:
+    def attention_mask(self, queries: TokenRoles, keys: TokenRoles) -> torch.Tensor | None:
+        """Who sees whom, in the form the language model's attention implementation expects."""
+        allowed = allowed_attention(queries, keys, self.config.attention_layout)
+        return attention_bias(allowed, self.dtype, self.config.text_config._attn_implementation)
+
+    def score_answers(
+        self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None, mask=None, run=None
+    ) -> torch.Tensor:
         """Logits (A, G, V) for slots (A, G), or (A, W, V) for whole blocks (A, W).
 
-        With a cache filled by `prefill`, only the answers' tokens are run.
+        Args:
+            cache: a `PrefixCache`; the prompt's tokens that it holds are not run again.
+            mask: the pass's attention mask where the caller has it already.
+            run: what runs the tokens, by default the language model.
         """
         slots_only = answer_ids.shape[1] == layout.num_slots
         blocks_AW = layout.enclose(answer_ids) if slots_only else answer_ids
         answers_BXD = self.get_input_embeddings()(layout.token_ids(blocks_AW))
-        keys = prompt.roles.cat(layout.roles)
-        positions = layout.positions
-        if cache is None:
-            queries, embeds = keys, torch.cat((prompt.embeds, answers_BXD), dim=1)
-            positions = torch.cat((prompt.positions, positions), dim=1)
-        else:
-            queries, embeds = layout.roles, answers_BXD
-        hidden = self._run(embeds, queries, keys, positions, cache)
+        new = prompt if cache is None else prompt.tokens(cache.length)
+        if mask is None:
+            mask = self.attention_mask(new.roles.cat(layout.roles), prompt.roles.cat(layout.roles))
+        embeds, positions = torch.cat((new.embeds, answers_BXD), 1), torch.cat((new.positions, layout.positions), 1)
+        hidden = (run or self.language_model)(embeds, mask, positions, cache)
         hidden_AWD = layout.pick(hidden[:, -answers_BXD.shape[1] :])
-        return self.lm_head(hidden_AWD[:, 1 : 1 + layout.num_slots] if slots_only else hidden_AWD)
-
-    def prefill(
-        self, prompt: Prompt, layout: AnswerLayout, encoded_image: EncodedImage | None = None, num_shared: int = 0
-    ) -> PrefixCache | None:
-        """Run the prompt once and keep its keys and values; exact only in the isolated layout.
-
-        With an encoded image, whose prompt starts with its `num_shared` shared tokens, those are run once per question.
-        None while training with gradient checkpointing: transformers gives no cache to checkpointed layers.
-        """
-        if self.training and self.language_model.layers[0].gradient_checkpointing:
-            return None
-        layers, length = self.config.text_config.num_hidden_layers, prompt.ids.shape[1]
-        cache = PrefixCache(layers, length + layout.num_blocks * layout.width)
-        if encoded_image is not None:
-            key = tuple(prompt.ids[0, :num_shared].tolist())
-            if key not in encoded_image.prefixes:
-                shared = PrefixCache(layers, num_shared)
-                self._extend(shared, prompt.rows(torch.zeros(1, dtype=torch.int64)).tokens(0, num_shared))
-                encoded_image.prefixes[key] = shared
-            cache.start_from(encoded_image.prefixes[key], len(prompt.ids))
-        if cache.length < length:
-            self._extend(cache, prompt)
-        return cache
-
-    def _extend(self, cache: PrefixCache, prompt: Prompt) -> None:
-        """Run the tokens of a prompt that a cache does not hold yet, and keep them."""
-        new = prompt.tokens(cache.length)
-        self._run(new.embeds, new.roles, prompt.roles, new.positions, cache)
-        cache.keep(new.ids.shape[1])
-
-    def _run(self, embeds, queries: TokenRoles, keys: TokenRoles, positions, cache) -> torch.Tensor:
-        allowed = allowed_attention(queries, keys, self.config.attention_layout)
-        mask = attention_bias(allowed, embeds.dtype, self.config.text_config._attn_implementation)
-        return self.language_model(embeds, mask, positions, past_key_values=cache)
+        return self.lm_head(hidden_AWD[:, layout.slots] if slots_only else hidden_AWD)
 
 
 def scatter_features(embeds_BLD, places_BL, features, kind: str):

@@ -36,15 +36,14 @@ class TokenSampler:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: torch.Tensor | None = None
     generator: torch.Generator | None = None
 
     def __call__(self, logits_AGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids (A, G), their probability (A, G), and the model's own distribution (A, G, V), in fp32."""
         logits = logits_AGV.float()
-        if self.suppress_tokens:
-            suppressed = torch.tensor(self.suppress_tokens, device=logits.device)
-            logits = logits.index_fill(-1, suppressed, float("-inf"))
+        if self.suppress_tokens is not None:
+            logits = logits.index_fill(-1, self.suppress_tokens, float("-inf"))
         probabilities = logits.softmax(dim=-1)
         if self.temperature == 0:
             confidence, tokens = probabilities.max(dim=-1)
@@ -115,10 +114,19 @@ class SlotSampler:
 
 @dataclass
 class Canvas:
-    """The state of decoding: ids (A, G), which slots are decided (A, G), and with what confidence (A, G)."""
+    """The state of decoding.
+
+    Args:
+        ids: (A, G), the mask token where undecided.
+        decided: (A, G) bool.
+        filled: (A, G) bool, the decided slots that no pass decided but an early exit.
+        confidence: (A, G) in [0, 1].
+        mask_token_id: id of the mask token.
+    """
 
     ids: torch.Tensor
     decided: torch.Tensor
+    filled: torch.Tensor
     confidence: torch.Tensor
     mask_token_id: int
 
@@ -129,18 +137,24 @@ class Canvas:
         return cls(
             torch.full(shape, mask_token_id, device=device),
             torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
             torch.zeros(shape, dtype=torch.float32, device=device),
             mask_token_id,
         )
 
     def rows(self, index_A: torch.Tensor) -> "Canvas":
         """Some answers' part of the canvas, as a copy."""
-        return Canvas(self.ids[index_A], self.decided[index_A], self.confidence[index_A], self.mask_token_id)
+        ids, decided, filled = self.ids[index_A], self.decided[index_A], self.filled[index_A]
+        return Canvas(ids, decided, filled, self.confidence[index_A], self.mask_token_id)
 
     def put(self, index_A: torch.Tensor, part: "Canvas") -> None:
         """Write a part made by `rows` back."""
-        self.ids[index_A], self.decided[index_A] = part.ids, part.decided
-        self.confidence[index_A] = part.confidence
+        for name in ("ids", "decided", "filled", "confidence"):
+            getattr(self, name)[index_A] = getattr(part, name)
+
+    def undecided(self, block: slice) -> torch.Tensor:
+        """Indices (A',) of the answers with undecided slots in a block. Their number is asked of the device."""
+        return (~self.decided[:, block]).any(dim=1).nonzero()[:, 0]
 
     def update(self, tokens, confidence, priority, sure, block: slice, group_A, target_A, remasking: bool) -> None:
         """Decide slots of a block so that every group of answers then has as many decided ones as its target says.
@@ -165,22 +179,24 @@ class Canvas:
         self.confidence[:, block] = torch.where(new, confidence[:, block], self.confidence[:, block])
         self.decided[:, block] = chosen
 
-    def close(self, end_ids: tuple[int, ...], fill_id: int, all_at_once: bool = False) -> int:
+    def close(self, end_ids: tuple[int, ...], fill_id: int, all_at_once: bool = False) -> None:
         """Fill what follows a decided end token with `fill_id`, once all slots before it are decided.
 
         Nothing can change such an answer's text any more, unless it depends on other answers: with `all_at_once`
-        nothing is filled before every answer has come to its end. Returns the number of slots filled.
+        nothing is filled before every answer has come to its end.
         """
-        ends = torch.isin(self.ids, torch.tensor(end_ids, device=self.ids.device)) & self.decided
-        first = (ends & self.decided.long().cumprod(dim=1).bool()).long()  # ends with everything before them decided
+        ends = torch.zeros_like(self.decided)
+        for end_id in end_ids:
+            ends |= self.ids == end_id
+        whole = self.decided.long().cumprod(dim=1).bool()  # slots with everything up to them decided
+        first = (ends & whole).long()
         behind = first.cumsum(dim=1) - first > 0
-        filled = behind & ~self.decided
-        if all_at_once and not (self.decided | behind).all():
-            return 0
-        self.ids = self.ids.masked_fill(filled, fill_id)
-        self.confidence = self.confidence.masked_fill(filled, 1.0)
-        self.decided = self.decided | filled
-        return int(filled.sum())
+        new = behind & ~self.decided
+        if all_at_once:
+            new &= (self.decided | behind).all()
+        self.ids = self.ids.masked_fill(new, fill_id)
+        self.confidence = self.confidence.masked_fill(new, 1.0)
+        self.decided, self.filled = self.decided | new, self.filled | new
 
 
 def rank_in_group(priority_AG: torch.Tensor, group_A: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from perceptiondlm.denoiser_perceptiondlm import Denoiser
 from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.sampling_perceptiondlm import (
@@ -48,8 +49,7 @@ def half_masked(model, num_answers: int, num_slots: int = SLOTS, seed: int = 0) 
 def scores(model, batch, ids: torch.Tensor, cached: bool = False) -> torch.Tensor:
     """Logits (A, G, V) of a canvas."""
     prompt = model.embed_prompt(**{name: value for name, value in batch.items() if name != "sample_ids"})
-    layout = model.lay_out_answers(prompt, *ids.shape)
-    return model.score_answers(prompt, layout, ids, model.prefill(prompt, layout) if cached else None)
+    return Denoiser(model, prompt, ids.shape[1], use_cache=cached)(ids)
 
 
 def generate(model, batch, **settings):
@@ -307,11 +307,8 @@ def test_one_cache_serves_any_later_canvas(replay, batch):
     first, second = half_masked(replay, 3, seed=1), half_masked(replay, 3, seed=2)
     with torch.no_grad():
         prompt = replay.embed_prompt(**inputs)
-        layout = replay.lay_out_answers(prompt, 3, SLOTS)
-        cache = replay.prefill(prompt, layout)
-        before = replay.score_answers(prompt, layout, first, cache)
-        other = replay.score_answers(prompt, layout, second, cache)
-        after = replay.score_answers(prompt, layout, first, cache)
+        denoise = Denoiser(replay, prompt, SLOTS)
+        before, other, after = denoise(first), denoise(second), denoise(first)
     assert torch.equal(before, after)
     assert not torch.allclose(before, other, atol=1e-2)
 
@@ -498,8 +495,9 @@ def test_passes_end_with_the_last_answer(tiny_model, tiny_processor, scene):
 def test_canvas_closes_behind_a_decided_prefix_only():
     mask, end, fill = 9, 7, 8
     ids = torch.tensor([[1, end, mask, 2], [mask, end, mask, mask], [1, 2, 3, 4], [end, mask, mask, mask]])
-    canvas = Canvas(ids, ids != mask, torch.zeros(4, 4), mask)
-    assert canvas.close((end, fill), fill) == 1 + 3
+    canvas = Canvas(ids, ids != mask, torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4), mask)
+    canvas.close((end, fill), fill)
+    assert canvas.filled.sum(dim=1).tolist() == [1, 0, 0, 3]
     assert canvas.ids.tolist() == [[1, end, fill, 2], [mask, end, mask, mask], [1, 2, 3, 4], [end, fill, fill, fill]]
     assert canvas.decided.all(dim=1).tolist() == [True, False, True, True]
 
@@ -700,7 +698,7 @@ def test_top_k_and_top_p_against_a_loop(top_k, top_p):
 def test_tokens_are_drawn_in_proportion(temperature):
     """Frequencies over many slots follow softmax(logits / temperature); confidence stays the model's own."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
-    sampler = TokenSampler(temperature, suppress_tokens=(4,), generator=torch.Generator().manual_seed(0))
+    sampler = TokenSampler(temperature, suppress_tokens=torch.tensor([4]), generator=torch.Generator().manual_seed(0))
     tokens, confidence, _ = sampler(logits.expand(100, 200, 5).clone())
     frequency = torch.bincount(tokens.flatten(), minlength=5) / tokens.numel()
     expected = (logits[:4] / temperature).softmax(dim=0)
@@ -795,6 +793,7 @@ def test_a_saved_generation_config_comes_back_the_same(tmp_path):
         "max_new_tokens": 12, "steps": 9, "block_length": 4, "sampler": "random", "temperature": 0.7, "top_k": 20,
         "top_p": 0.9, "suppress_tokens": [3, 5], "seed": 11, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
             "shared_schedule": False, "remasking": True, "threshold": 0.8, "entropy_bound": 0.3, "early_exit": False,
+        "refresh_interval": 4, "compile": True,
     }  # fmt: skip
     assert set(settings) == set(PerceptionDLMGenerationConfig.fields())
     PerceptionDLMGenerationConfig(**settings).save_pretrained(tmp_path)
