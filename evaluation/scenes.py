@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from perceptiondlm.evaluation.judges import SceneJudge
+from perceptiondlm.evaluation.judges_rules import SceneJudge
 from perceptiondlm.evaluation.scoring import BenchmarkScore, constant_captions, score_captions, shuffled_captions
 from perceptiondlm.training.scenes import Scene, draw_scene, scene_class_names, scene_questions
 

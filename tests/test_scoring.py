@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from perceptiondlm.evaluation.scoring import (
-    JudgeRequest,
-    constant_captions,
-    match_answer,
-    question_prompt,
-    recognition_question,
-    score_captions,
-    shuffled_captions,
-)
+from perceptiondlm.evaluation.questions import match_answer, question_prompt, recognition_question
+from perceptiondlm.evaluation.scoring import JudgeRequest, constant_captions, score_captions, shuffled_captions
 
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "paradlc"
