@@ -201,8 +201,7 @@ def score_captions(
         protocol: wording of the recognition question, ``"paradlc"`` or ``"dlc"``.
         crops: image crop and boolean mask per region id, handed on to judges that look; looked up one batch
             at a time, so a mapping that crops when asked is fine.
-        image_ids: image per region id; default: what stands before the last underscore of the region id, or all of
-            an id without one.
+        image_ids: image per region id; default: `image_of` the region id.
         allow_missing: score the regions that have captions and list the others in ``missing``.
         batch_size: requests per call of the judge, at least 1.
 
@@ -297,6 +296,11 @@ def summarize(regions: list[RegionScore], missing: Sequence[str] = ()) -> Benchm
         num_regions=len(regions),
         num_questions=len(rows),
     )
+
+
+def image_of(region_id: str) -> str:
+    """The image of a region id that reads ``IMAGE_INDEX``; an id without an underscore is an image of its own."""
+    return region_id.rpartition("_")[0] or region_id
 
 
 def constant_captions(region_ids: Iterable[str], caption: str) -> dict[str, str]:
@@ -420,7 +424,7 @@ def _score(
 ) -> BenchmarkScore:
     """Steps 3 to 6."""
     if image_ids is None:
-        image_ids = {region_id: region_id.rpartition("_")[0] or region_id for region_id in plan}
+        image_ids = {region_id: image_of(region_id) for region_id in plan}
     regions = [
         _score_region(region_id, image_ids[region_id], captions[region_id], asked, answers[region_id])
         for region_id, asked in plan.items()
