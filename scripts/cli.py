@@ -4,13 +4,15 @@ import argparse
 import sys
 from types import ModuleType
 
-from perceptiondlm.scripts import benchmark, caption, convert, evaluate
+from perceptiondlm.evaluation.judges_chat import JudgeError
+from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate
 
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "caption": (caption, "caption regions of images"),
     "convert": (convert, "convert published checkpoints, and back"),
-    "evaluate": (evaluate, "score a model on a benchmark"),
+    "evaluate": (evaluate, "score a model, or captions from elsewhere, on a benchmark"),
+    "compare": (compare, "results of several systems or judges side by side"),
     "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
 }
 
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         COMMANDS[options.command][0].run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, JudgeError) as error:
         print(f"perceptiondlm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
