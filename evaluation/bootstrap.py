@@ -32,8 +32,8 @@ def bootstrap_samples(
     # Per image: sum of positives, regions, sum of negatives, regions with negatives, recognised regions.
     sums = np.zeros((len(images), 5))
     for region in regions:
-        negative, counted = (0.0, 0.0) if region.negative is None else (region.negative, 1.0)
-        sums[images[region.image_id]] += (region.positive, 1.0, negative, counted, region.recognized)
+        has_negative = region.negative is not None
+        sums[images[region.image_id]] += (region.positive, 1, region.negative or 0.0, has_negative, region.recognized)
     shares = np.full(len(images), 1 / len(images))
     counts = np.random.default_rng(seed).multinomial(len(images), shares, size=num_samples)  # (S, images)
     totals = counts @ sums  # (S, 5)

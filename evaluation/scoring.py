@@ -358,11 +358,14 @@ def _requests(
     crops: Mapping[str, Crop] | None,
 ) -> list[JudgeRequest]:
     """The requests of one batch of (region, question number); every region's crop is taken once."""
-    taken = {} if crops is None else {region_id: crops[region_id] for region_id, _ in batch}
-    return [
-        JudgeRequest(region_id, captions[region_id], plan[region_id][index], *taken.get(region_id, (None, None)), index)
-        for region_id, index in batch
-    ]
+    region_ids = dict.fromkeys(region_id for region_id, _ in batch)
+    taken = {region_id: None if crops is None else crops[region_id] for region_id in region_ids}
+    requests = []
+    for region_id, index in batch:
+        image, mask = taken[region_id] or (None, None)
+        question = plan[region_id][index]
+        requests.append(JudgeRequest(region_id, captions[region_id], question, image, mask, index))
+    return requests
 
 
 def _ask(judge: Judge, requests: Sequence[JudgeRequest]) -> list[str]:

@@ -1,6 +1,7 @@
 """DLC-Bench as a metric: `evaluate.load("evaluation/dlc")`."""
 
 import evaluate
+
 from perceptiondlm.evaluation.metric import CaptionQuestions
 
 

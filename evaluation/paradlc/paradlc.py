@@ -1,6 +1,7 @@
 """ParaDLC-Bench as a metric: `evaluate.load("evaluation/paradlc")`."""
 
 import evaluate
+
 from perceptiondlm.evaluation.metric import CaptionQuestions
 
 
