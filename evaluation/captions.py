@@ -43,13 +43,13 @@ class CaptionIssues:
     def lines(self) -> list[str]:
         """One line per kind of issue, naming the keys."""
         kinds = {
-            "without a caption": self.missing,
-            "not in the benchmark": self.unknown,
-            "given more than once": self.repeated,
-            "whose caption is not a string": self.not_text,
-            "whose caption is empty": self.empty,
+            "regions without a caption": self.missing,
+            "keys that are no region of the benchmark": self.unknown,
+            "keys given more than once": self.repeated,
+            "captions that are not a string": self.not_text,
+            "empty captions": self.empty,
         }
-        return [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [f"{kind} ({len(keys)}): {_listed(keys)}" for kind, keys in kinds.items() if keys]
 
     def to_dict(self) -> dict[str, list[str]]:
         """The keys of each kind, ready for `json.dump`."""

@@ -35,7 +35,7 @@ class Difference:
             return ""
         if self.interval is None:
             return f"{self.value:+.1f}"
-        return f"{self.value:+.1f} [{self.interval[0]:+.1f}, {self.interval[1]:+.1f}]{'*' if self.clear else ''}"
+        return f"{self.value:+.1f} [{self.interval[0]:+.1f}, {self.interval[1]:+.1f}]{' ≠ 0' if self.clear else ''}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def comparison_markdown(comparison: Comparison, number: int | None = None) -> st
     rows = [[one.title, one.judge, *(cell_text(one.cells()[column]) for column in TABLE_2)] for one in systems]
     parts.append(markdown_table(["system", "judge", *TABLE_2], rows))
     first = f"{systems[0].title} (judge {systems[0].judge})"
-    parts.append(f"Differences to {first}, with 95 % paired bootstrap intervals over images; * where zero is outside:\n")
+    parts.append(f"Differences to {first}, with 95 % paired bootstrap intervals over images:\n")
     rows = [
         [one.title, one.judge, *(str(row[column]) for column in DIFFERENCES)]
         for one, row in zip(systems[1:], comparison.differences, strict=True)

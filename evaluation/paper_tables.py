@@ -65,7 +65,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return " ".join(re.sub(r"([\\|`*_\[\]])", r"\\\1", html.escape(cell, quote=False)).split())
+    """A cell that is shown as it is: no markup, no link, no end of the cell."""
+    text = re.sub(r"([\\|`*])", r"\\\1", html.escape(cell, quote=False)).replace("](", "]\\(")
+    return " ".join(text.split())
 
 
 def beside_paper(number: int, ours: Mapping[str, Mapping[str, Cell]]) -> str:

@@ -34,7 +34,7 @@ def write_markdown(results: Results, path: Path) -> None:
     lines = [f"# {results.title} on {results.dataset}\n", f"Judge: {results.judge}\n"]
     if score.missing:
         lines.append(f"**Partial**: {len(score.missing)} of the benchmark's regions were not scored.\n")
-    lines += [f"- captions {line}" for line in results.issues.lines()]
+    lines += [f"- {line}" for line in results.issues.lines()]
     lines += ["", beside_table_2(results), markdown_table(["", "score", "95 % interval"], _interval_rows(results))]
     lines.append(markdown_table(["questions", "mean score"], [[k, f"{v:.1f}"] for k, v in score.per_subtype.items()]))
     if results.speed:

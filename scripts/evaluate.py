@@ -146,6 +146,24 @@ def write_reports(results: Results, benchmark: Benchmark, out: Path, copy: Path 
     write_markdown(results, out / "report.md")
     write_html(results, benchmark, out / "report.html")
     for line in results.issues.lines():
-        print(f"captions {line}")
+        print(line)
     print(beside_table_2(results))
     print(f"{out / 'captions.json'}, results.json, report.md, report.html")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    head = f"{'':12s}{'Pos':>8s}{'Neg':>8s}{'Avg':>8s}{'Recog':>8s}"
+    rows = [("model", report), *report["baselines"].items()]
+    names = ("positive", "negative", "average", "recognition")
+    lines = [
+        f"{report['dataset']}, seed {report['seed']}: {report['num_images']} images, {report['num_regions']} regions"
+    ]
+    lines += [head, *(f"{name:12s}" + "".join(f"{row[key]:8.1f}" for key in names) for name, row in rows)]
+    lines += [f"captions equal to the reference: {report['exact']:.1f} %"]
+    lines += [f"accuracy of {name}: {value:.1f} %" for name, value in report["per_attribute"].items()]
+    lines += [f"tokens per forward: {report['tokens_per_forward']:.2f}"]
+    lines += [f"seconds per image: {report['seconds_per_image']:.3f}"]
+    where = report["environment"]
+    lines += [f"on {where['hardware']}, {where['threads']} threads, torch {where['torch']}"]
+    return "\n".join(lines)
