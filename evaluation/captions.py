@@ -75,11 +75,15 @@ def read_captions(
         raise FileNotFoundError(f"no captions file at {path}")
     repeated: list[str] = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_noting_repeated, repeated=repeated))
+        content = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=partial(_noting_repeated, repeated=repeated)
+        )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f'{path} holds a {type(content).__name__}; accepted: one object {{"IMAGEID_ANNINDEX": caption}}')
+        raise ValueError(
+            f'{path} holds a {type(content).__name__}; accepted: one object {{"IMAGEID_ANNINDEX": caption}}'
+        )
     captions, issues = check_captions(content, region_ids, repeated)
     report = f"{path} does not fit the benchmark's {len(region_ids)} regions:\n  " + "\n  ".join(issues.lines())
     if not captions:
@@ -201,7 +205,9 @@ class CaptionLog:
             try:
                 yield CaptionedImage(**json.loads(line))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is damaged ({error}): delete the line to caption it anew") from error
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}): delete the line to caption it anew"
+                ) from error
 
     def append(self, image: CaptionedImage) -> None:
         """Add an image; returns when it is on the disk."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from perceptiondlm.evaluation.bootstrap import bootstrap_samples, interval
 from perceptiondlm.evaluation.paper_tables import beside_paper, cell_text, markdown_table, paper_table
-from perceptiondlm.evaluation.results import HEADLINE, TABLE_2, Results
+from perceptiondlm.evaluation.run_results import HEADLINE, TABLE_2, Results
 from perceptiondlm.evaluation.scoring import RegionScore, summarize
 
 
@@ -91,7 +91,9 @@ def compare(systems: Sequence[Results], allow_partial: bool = False) -> Comparis
     for one, found in zip(systems[1:], regions[1:], strict=True):
         changed = [key for key in common if _asked(found[key]) != _asked(regions[0][key])]
         if changed:
-            raise ValueError(f"{one.system} and {systems[0].system} were asked different questions about {changed[0]!r}")
+            raise ValueError(
+                f"{one.system} and {systems[0].system} were asked different questions about {changed[0]!r}"
+            )
     scored = [[found[key] for key in common] for found in regions]
     restricted = [
         replace(one, score=summarize(kept, sorted({*one.score.missing, *left_out})))

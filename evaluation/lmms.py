@@ -1,7 +1,7 @@
 """The model class that lmms-eval runs, and the paper's sixteen general benchmarks (Table 1).
 
     pip install "perceptiondlm[lmms-eval]"
-    lmms-eval --model perceptiondlm --model_args pretrained=models/base --tasks mmstar,chartqa --batch_size 8 --log_samples
+    lmms-eval --model perceptiondlm --model_args pretrained=models/base --tasks mmstar,chartqa --batch_size 8
 
 lmms-eval finds the class through the entry point `lmms_eval.models`. This module needs lmms-eval; nothing else in the
 package imports it.

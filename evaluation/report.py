@@ -18,7 +18,7 @@ from PIL import Image
 
 from perceptiondlm.evaluation.benchmarks import Benchmark, BenchmarkImage
 from perceptiondlm.evaluation.paper_tables import cell_text, markdown_table, paper_table
-from perceptiondlm.evaluation.results import HEADLINE, TABLE_2, Results, beside_table_2
+from perceptiondlm.evaluation.run_results import HEADLINE, TABLE_2, Results, beside_table_2
 from perceptiondlm.evaluation.scoring import QuestionScore, RegionScore
 from perceptiondlm.scripts.annotate import PALETTE, number_regions
 
@@ -80,8 +80,7 @@ def write_html(results: Results, benchmark: Benchmark, path: Path) -> None:
         },
         images=_images(benchmark, regions),
     )
-    with path.open("w", encoding="utf-8") as file:
-        stream.dump(file)
+    stream.dump(str(path), encoding="utf-8")
 
 
 def failed(question: QuestionScore) -> bool:
@@ -138,14 +137,12 @@ def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _color(number: int) -> str:
-    return "#%02x%02x%02x" % PALETTE[(number - 1) % len(PALETTE)]
+    return f"#{bytes(PALETTE[(number - 1) % len(PALETTE)]).hex()}"
 
 
 def _signed(score: float) -> str:
-    """A question's score as shown: +1, +½, 0, −1."""
-    if score == 0.5:
-        return "+½"
-    return f"{score:+g}".replace("-", "−") if score else "0"
+    """A question's score as shown: +1, +½, 0, -1."""
+    return "+½" if score == 0.5 else f"{score:+g}" if score else "0"
 
 
 def _script_hash(script: str) -> str:

@@ -72,7 +72,13 @@ def _synchronize(device: torch.device) -> None:
 
 @torch.inference_mode()
 def caption_benchmark(
-    model, processor, benchmark: Benchmark, log: CaptionLog, state: PartialState, progress: bool = False, **settings: Any
+    model,
+    processor,
+    benchmark: Benchmark,
+    log: CaptionLog,
+    state: PartialState,
+    progress: bool = False,
+    **settings: Any,
 ) -> dict[str, CaptionedImage]:
     """Caption this process's share of the images that no run has captioned yet, then wait for the other processes.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perceptiondlm.evaluation.captions import write_json
 from perceptiondlm.evaluation.compare import compare, comparison_markdown
-from perceptiondlm.evaluation.results import read_results
+from perceptiondlm.evaluation.run_results import read_results
 
 
 PAPER_TABLES = (2, 5, 6, 7, 9, 10, 11, 12)  # those with the columns Pos, Neg and Avg
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument("results", nargs="+", type=Path, help="results.json files of the same benchmark")
     parser.add_argument("--allow-partial", action="store_true", help="compare on the regions that all results have")
-    parser.add_argument("--paper-table", type=int, choices=PAPER_TABLES, help="print this table of the paper beside ours")
+    parser.add_argument(
+        "--paper-table", type=int, choices=PAPER_TABLES, help="print this table of the paper beside ours"
+    )
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--json", type=Path, help="write the figures here")
 

@@ -16,7 +16,7 @@ from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog, check_
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.report import write_html, write_markdown
-from perceptiondlm.evaluation.results import Results, beside_table_2
+from perceptiondlm.evaluation.run_results import Results, beside_table_2
 from perceptiondlm.evaluation.runner import all_captions, caption_benchmark, model_identity, process_state, speed
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
@@ -30,12 +30,18 @@ JUDGES = "rules (drawn scenes), openai:MODEL, azure:DEPLOYMENT, transformers:PAT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument(
-        "--dataset", default="scenes", help=f"{', '.join(HUB_IDS)} (downloaded), scenes (drawn), or a folder like theirs"
+        "--dataset",
+        default="scenes",
+        help=f"{', '.join(HUB_IDS)} (downloaded), scenes (drawn), or a folder like theirs",
     )
     parser.add_argument("--data", type=Path, help="a local copy of the dataset, instead of a download")
-    parser.add_argument("--seed", type=int, default=1000, help="scenes: seed of the drawn world (training used 1 and 2)")
+    parser.add_argument(
+        "--seed", type=int, default=1000, help="scenes: seed of the drawn world (training used 1 and 2)"
+    )
     parser.add_argument("--images", type=int, default=100, help="scenes: number of pictures")
-    parser.add_argument("--captions", type=Path, help='score this file {"IMAGEID_ANNINDEX": caption} instead of a model')
+    parser.add_argument(
+        "--captions", type=Path, help='score this file {"IMAGEID_ANNINDEX": caption} instead of a model'
+    )
     parser.add_argument("--allow-partial", action="store_true", help="score a captions file that lacks regions")
     parser.add_argument("--name", help="of the system in reports; by default the model's or the file's")
     parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")

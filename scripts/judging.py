@@ -17,7 +17,9 @@ def add_judge_arguments(parser: argparse.ArgumentParser, judges: str) -> None:
     parser.add_argument(
         "--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, for the costs in the report"
     )
-    parser.add_argument("--judge-options", type=_mapping, default={}, help="further options of the judge, a JSON object")
+    parser.add_argument(
+        "--judge-options", type=_mapping, default={}, help="further options of the judge, a JSON object"
+    )
 
 
 def load_judge(options: argparse.Namespace, spec: str) -> Judge:

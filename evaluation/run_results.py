@@ -1,7 +1,6 @@
 """One system's captions, judged by one judge: the record that `evaluate` writes and `compare` reads."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
