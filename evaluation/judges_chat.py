@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -100,7 +101,14 @@ class ChatJudge(ABC):
         Raises:
             JudgeError: the model cannot be asked, or gives no answer.
         """
-        prompts = self._prompts(requests)
+        return self._answers(self._prompts(requests))
+
+    def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]:
+        """Answers to free prompts without images; `names` stand for the region ids in messages. Raises as a call does."""
+        keys = [answer_key(settings=self.settings, text=text, images=[]) for text in texts]
+        return self._answers([Prompt(*prompt) for prompt in zip(names, texts, itertools.repeat(()), keys)])
+
+    def _answers(self, prompts: Sequence[Prompt]) -> list[str]:
         missing = {prompt.key: prompt for prompt in prompts if self.cache.get(prompt.key) is None}
         if missing:
             self._ask(list(missing.values()))

@@ -1,4 +1,4 @@
-"""The model class that lmms-eval runs, and the paper's sixteen general benchmarks (Table 1).
+"""The model class that lmms-eval runs; what it runs: `general_benchmarks.py`.
 
     pip install "perceptiondlm[lmms-eval]"
     lmms-eval --model perceptiondlm --model_args pretrained=models/base --tasks mmstar,chartqa --batch_size 8
@@ -8,8 +8,6 @@ package imports it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -19,91 +17,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
-
-# Decoding of the paper's evaluation (released configuration): an option's letter or yes/no in 2 tokens, a short answer
-# in 128, and reasoning in 256 tokens from left to right, one at a time.
-LETTER = {"max_new_tokens": 2, "steps": 2}
-SHORT_ANSWER = {"max_new_tokens": 128, "steps": 128}
-REASONING = {"max_new_tokens": 256, "steps": 256, "sampler": "left_to_right"}
-# Tasks that are not among the sixteen: as many steps as tokens, in blocks.
-DEFAULT_TOKENS = 64
-BLOCK_LENGTH = 64
-
-SETTINGS = ("max_new_tokens", "steps", "block_length", "sampler", "threshold", "entropy_bound", "temperature", "seed")
-IGNORED = ("do_sample", "num_beams", "top_p", "top_k", "image_aspect_ratio", "until")  # `until` is applied to the text
-
-
-@dataclass(frozen=True)
-class GeneralBenchmark:
-    """One of the sixteen: its row in Table 1, lmms-eval's task and metric, and how answers are decoded.
-
-    `pattern` matches the names of all tasks that are decoded like it (a group's members, other prompts).
-    """
-
-    row: str
-    task: str
-    metric: str
-    settings: dict[str, Any]
-    pattern: str
-
-
-BENCHMARKS = (
-    GeneralBenchmark("MMStar", "mmstar", "average", LETTER, "mmstar"),
-    GeneralBenchmark("SeedBench", "seedbench", "seed_image", LETTER, "seedbench"),
-    GeneralBenchmark("MMBench", "mmbench_en_dev", "gpt_eval_score", LETTER, "mmbench_en_dev*"),
-    GeneralBenchmark("MMMU", "mmmu_val", "mmmu_acc", LETTER, "mmmu_val"),
-    GeneralBenchmark("MathVista", "mathvista_testmini_format", "llm_as_judge_eval", REASONING, "mathvista_test*"),
-    GeneralBenchmark(
-        "MathVerse (Vision Only)", "mathverse_testmini_vision_only", "gpt_eval_score", REASONING, "mathverse_test*"
-    ),
-    GeneralBenchmark("AI2D", "ai2d", "exact_match", LETTER, "ai2d*"),
-    GeneralBenchmark("ChartQA", "chartqa", "relaxed_overall", SHORT_ANSWER, "chartqa*"),
-    GeneralBenchmark("DocVQA", "docvqa_val", "anls", SHORT_ANSWER, "docvqa*"),
-    GeneralBenchmark("InfoVQA", "infovqa_val", "anls", SHORT_ANSWER, "infovqa*"),
-    GeneralBenchmark("MMVP", "mmvp", "mmvp_accuracy", LETTER, "mmvp"),
-    GeneralBenchmark("BLINK", "blink", "blink_acc", LETTER, "blink*"),
-    GeneralBenchmark("RealWorldQA", "realworldqa", "exact_match", LETTER, "realworldqa"),
-    GeneralBenchmark("CV-Bench-2D", "cv_bench_2d", "cv_bench_acc", LETTER, "cv_bench*"),
-    GeneralBenchmark("HallusionBench", "hallusion_bench_image", "aAcc", LETTER, "hallusion_bench*"),
-    GeneralBenchmark("V*", "vstar_bench", "vstar_overall_acc", LETTER, "vstar_bench*"),
-)
+from perceptiondlm.evaluation.general_benchmarks import SETTINGS, cut, task_settings
 
 
 def manifest() -> ModelManifest:
     """What the entry point registers."""
     return ModelManifest(model_id="perceptiondlm", chat_class_path=f"{__name__}.{PerceptionDLM.__name__}")
-
-
-def task_settings(task: str, task_kwargs: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """How a task's answers are decoded: the paper's way where it has one, else the task's length in blocks.
-
-    Args:
-        task: lmms-eval's name of it.
-        task_kwargs: its `generation_kwargs`; keywords of autoregressive decoding are left aside.
-        overrides: settings given in `--model_args`; they come first.
-    Raises:
-        ValueError: a keyword that is neither a setting nor known to mean nothing here, or more than one beam.
-    """
-    unknown = sorted(set(task_kwargs) - set(SETTINGS) - set(IGNORED))
-    if unknown:
-        raise ValueError(f"task {task} asks for generation keywords {unknown}; known are {[*SETTINGS, *IGNORED]}")
-    if (task_kwargs.get("num_beams") or 1) > 1:
-        raise ValueError(f"task {task} asks for {task_kwargs['num_beams']} beams; there is no beam search")
-    paper = next((benchmark.settings for benchmark in BENCHMARKS if fnmatch(task, benchmark.pattern)), None)
-    if paper is not None:
-        return {**paper, **overrides}
-    given = {name: task_kwargs[name] for name in SETTINGS if task_kwargs.get(name) is not None}
-    tokens = overrides.get("max_new_tokens", given.get("max_new_tokens", DEFAULT_TOKENS))
-    block = overrides.get("block_length", given.get("block_length", min(tokens, BLOCK_LENGTH)))
-    tokens = -(-tokens // block) * block  # whole blocks
-    return {"steps": tokens, **given, **overrides, "max_new_tokens": tokens, "block_length": block}
-
-
-def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the stop strings."""
-    stops = [until] if isinstance(until, str) else until or ()
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
 
 
 class PerceptionDLM(lmms):

@@ -5,7 +5,7 @@ import sys
 from types import ModuleType
 
 from perceptiondlm.evaluation.judges_chat import JudgeError
-from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate
+from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate, judge_answers
 
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "convert": (convert, "convert published checkpoints, and back"),
     "evaluate": (evaluate, "score a model, or captions from elsewhere, on a benchmark"),
     "compare": (compare, "results of several systems or judges side by side"),
+    "judge-answers": (judge_answers, "judge short answers strictly, from sample logs of lmms-eval"),
     "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from perceptiondlm.evaluation import general_benchmarks
 from perceptiondlm.evaluation.paper_tables import paper_table
 from perceptiondlm.training.scenes import draw_scene
 
@@ -99,7 +100,7 @@ def runner(lmms):
     return model
 
 
-def test_batches_answer_as_single_requests_do_and_in_order(lmms, runner):
+def test_batches_answer_as_single_requests_do_and_in_order(runner):
     one_by_one = runner.generate_until(requests("own", max_new_tokens=16))
     assert len(set(one_by_one)) > 2  # the questions have different answers, so a wrong order would show
     runner.batch_size = 3
@@ -117,13 +118,15 @@ def test_requests_of_different_tasks_keep_their_places(runner):
     assert answers[1::2] == runner.generate_until(long)
 
 
-def test_each_task_is_decoded_its_own_way(lmms, runner, monkeypatch):
+def test_each_task_is_decoded_its_own_way(runner, monkeypatch):
     asked = []
     generate = runner.model.generate
     monkeypatch.setattr(
         runner.model,
         "generate",
-        lambda **inputs: asked.append({k: v for k, v in inputs.items() if k in lmms.SETTINGS}) or generate(**inputs),
+        lambda **inputs: (
+            asked.append({k: v for k, v in inputs.items() if k in general_benchmarks.SETTINGS}) or generate(**inputs)
+        ),
     )
     for task in ("mmstar", "mathvista_testmini_format"):
         runner.generate_until(requests(task, max_new_tokens=1024, temperature=0, do_sample=False)[:1])
@@ -133,8 +136,8 @@ def test_each_task_is_decoded_its_own_way(lmms, runner, monkeypatch):
     ]
 
 
-def test_settings_of_other_tasks_and_overrides(lmms):
-    settings = lmms.task_settings
+def test_settings_of_other_tasks_and_overrides():
+    settings = general_benchmarks.task_settings
     assert settings("own", {}, {}) == {"max_new_tokens": 64, "steps": 64, "block_length": 64}
     assert settings("own", {"max_new_tokens": 16}, {}) == {"max_new_tokens": 16, "steps": 16, "block_length": 16}
     assert settings("own", {"max_new_tokens": 100}, {}) == {"max_new_tokens": 128, "steps": 128, "block_length": 64}
@@ -143,16 +146,17 @@ def test_settings_of_other_tasks_and_overrides(lmms):
     assert settings("chartqa", {}, {"steps": 64}) == {"max_new_tokens": 128, "steps": 64}
     assert settings("blink_counting", {}, {})["max_new_tokens"] == 2
     assert settings("mathverse_testmini_vision_only", {}, {})["sampler"] == "left_to_right"
-    assert settings("mmmu_pro_standard", {}, {})["max_new_tokens"] == 64  # not one of the sixteen
+    for other in ("mmmu_pro_standard", "chartqapro", "ai2d_reasoning"):
+        assert settings(other, {}, {})["max_new_tokens"] == 64
     with pytest.raises(ValueError, match="asks for 4 beams"):
         settings("own", {"num_beams": 4}, {})
     with pytest.raises(ValueError, match=r"generation keywords \['penalty'\]"):
         settings("own", {"penalty": 1}, {})
 
 
-def test_text_ends_at_a_stop_string(lmms, runner):
-    assert lmms.cut("two. And more", ["\n", "."]) == "two"
-    assert lmms.cut("two", None) == "two"
+def test_text_ends_at_a_stop_string(runner):
+    assert general_benchmarks.cut("two. And more", ["\n", "."]) == "two"
+    assert general_benchmarks.cut("two", None) == "two"
     (whole,) = runner.generate_until(requests("own", max_new_tokens=16)[:1])
     (start,) = runner.generate_until(requests("own", max_new_tokens=16, until=[whole[1:]])[:1])
     assert start == whole[0]
@@ -185,10 +189,10 @@ def test_entry_point_names_the_class(lmms):
     assert declared.startswith('perceptiondlm = "perceptiondlm.evaluation.lmms:manifest"\n')
 
 
-def test_document_lists_every_benchmark_with_its_task_and_score(lmms):
+def test_document_lists_every_benchmark_with_its_task_and_score():
     document = (ROOT / "docs" / "benchmarks.md").read_text()
     table = paper_table(1)
-    assert [benchmark.row for benchmark in lmms.BENCHMARKS] == list(table.rows)
-    for benchmark in lmms.BENCHMARKS:
+    assert [benchmark.row for benchmark in general_benchmarks.BENCHMARKS] == list(table.rows)
+    for benchmark in general_benchmarks.BENCHMARKS:
         score = table.rows[benchmark.row][0]
         assert f"| {benchmark.row} | `{benchmark.task}` | `{benchmark.metric}` | {score} |" in document
