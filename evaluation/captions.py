@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-MAX_NAMED = 50  # keys listed in one message
+MAX_NAMED = 300  # keys listed in one message
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class ChatJudge(ABC):
         return self._answers(self._prompts(requests))
 
     def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]:
-        """Answers to free prompts without images; `names` stand for the region ids in messages. Raises as a call does."""
+        """Answers to free prompts without images, as a call gives them; messages say `names` for region ids."""
         keys = [answer_key(settings=self.settings, text=text, images=[]) for text in texts]
         return self._answers([Prompt(*prompt) for prompt in zip(names, texts, itertools.repeat(()), keys)])
 

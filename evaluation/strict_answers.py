@@ -1,7 +1,7 @@
 """The strict answer judge: a language model compares predictions with the accepted answers (paper, appendix 8).
 
-The paper replaces the string metrics of ChartQA, DocVQA and InfoVQA by it. A prediction is right where it contains one of
-the accepted answers, whatever the letter case, the punctuation, the spaces and the reasoning around it.
+The paper replaces the string metrics of ChartQA, DocVQA and InfoVQA by it. A prediction is right where it contains one
+of the accepted answers, whatever the letter case, the punctuation, the spaces and the reasoning around it.
 """
 
 import ast
