@@ -165,10 +165,15 @@ class OpenAIJudge(ChatJudge):
     def _ask_once(self, prompt: Prompt, stop: threading.Event) -> None:
         """One question, unless another thread or process has meanwhile asked it."""
         with self.cache.claim(prompt.key):
-            if not stop.is_set() and self.cache.get(prompt.key) is None:
+            if stop.is_set() or self.cache.get(prompt.key) is not None:
+                return
+            try:
                 answer = self._request(prompt, stop)
-                if answer is not None:
-                    self._store(prompt, answer)
+            except JudgeError:
+                stop.set()
+                raise
+            if answer is not None:
+                self._store(prompt, answer)
 
     def _request(self, prompt: Prompt, stop: threading.Event) -> Answer | None:
         """Ask until there is an answer; None where the judge was stopped meanwhile."""
