@@ -25,8 +25,8 @@ WAIT = timedelta(days=2)  # for the slowest process; the default is minutes
 
 
 def process_state() -> PartialState:
-    """This process among those that `accelerate launch` started; one process without it."""
-    return PartialState(timeout=WAIT)
+    """This process among those that `accelerate launch` (or torchrun) started; one process without it."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
 
 
 def caption_image(
