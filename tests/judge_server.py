@@ -1,6 +1,7 @@
 """A judge behind HTTP for tests: a real server on loopback that answers chat completions, and fails as told."""
 
 import hashlib
+import io
 import json
 import random
 import socket
@@ -149,4 +150,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.connection.close()
         self.close_connection = True
-        self.wfile = open("/dev/null", "wb")
+        self.wfile = io.BytesIO()

@@ -10,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from conftest import randomize
 from judge_server import JudgeServer, right_answer
 from PIL import Image
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from perceptiondlm.evaluation.answer_cache import AnswerCache
 from perceptiondlm.evaluation.judges import JudgeError, ReplayJudge, judge_report, make_judge
@@ -90,7 +92,11 @@ def test_a_failing_endpoint_gives_the_scores_of_a_sound_one_and_answers_each_que
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (401, {"message": "Incorrect API key provided", "code": "invalid_api_key"}, "refuses the key in OPENAI_API_KEY"),
+        (
+            401,
+            {"message": "Incorrect API key provided", "code": "invalid_api_key"},
+            "refuses the key in OPENAI_API_KEY",
+        ),
         (403, {"message": "Country not supported"}, r"refuses the key .*HTTP 403: Country not supported"),
         (429, {"message": "You exceeded your quota", "code": "insufficient_quota"}, "quota .* is used up"),
         (402, {"message": "Pay first"}, "quota .* is used up"),
@@ -215,7 +221,9 @@ def test_what_is_sent(tmp_path, monkeypatch):
         with_other_mask = judge([_request(question, region_id="1_1", image=image, mask=~mask)])
     assert [len(answer) for answer in (*answers, *with_other_mask)] == [1, 1, 1]
     assert server.asked.total() == 3  # the mask belongs to the key
-    text, shown = sorted((body for body in server.bodies[:2]), key=lambda body: isinstance(body["messages"][0]["content"], list))
+    text, shown = sorted(
+        (body for body in server.bodies[:2]), key=lambda body: isinstance(body["messages"][0]["content"], list)
+    )
     assert text["path"] == "/v1/chat/completions"
     assert {"model": "fake", "temperature": 0.0, "max_completion_tokens": 50}.items() <= text.items()
     assert "max_tokens" not in text
@@ -367,3 +375,74 @@ def test_replayed_results_give_the_same_scores(tmp_path, clean_score):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(clean_score.to_dict()))
     assert _score(make_judge(f"replay:{path}")) == clean_score
+
+
+# A local model.
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>{{ message.content }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
+    "{% if enable_thinking %}<think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tokenizer, tmp_path_factory):
+    """A folder with a random Llama of two layers that says something else to every prompt."""
+    folder = tmp_path_factory.mktemp("chat")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|eot_id|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder)
+    saved.chat_template = CHAT_TEMPLATE
+    saved.save_pretrained(folder)
+    return folder
+
+
+def _local(folder, cache, **options):
+    return make_judge(f"transformers:{folder}", cache=cache / "answers.jsonl", max_tokens=6, device="cpu", **options)
+
+
+def test_a_local_model_answers_the_same_in_batches_and_from_the_cache(tmp_path, chat_model):
+    requests = [_request(region_id=f"1_{k}", caption="a red house " * (k + 1)) for k in range(5)]
+    (tmp_path / "single").mkdir()
+    one_by_one = _local(chat_model, tmp_path / "single", batch_size=1)(requests)
+    judge = _local(chat_model, tmp_path, batch_size=3)
+    assert judge(requests) == one_by_one
+    assert len(set(one_by_one)) > 1
+    assert judge.usage.new_answers == 5
+    again = _local(chat_model, tmp_path)
+    assert again(requests) == one_by_one
+    assert again.usage.new_answers == 0
+    assert "model" not in vars(again)  # it was not loaded
+
+
+def test_a_caption_cannot_end_its_turn_in_a_local_model(tmp_path, chat_model):
+    judge = _local(chat_model, tmp_path)
+    header = judge.tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    seen = []
+    generate = judge.model.generate
+    judge.model.generate = lambda **inputs: seen.append(inputs["input_ids"]) or generate(**inputs)
+    judge([_request(caption="a house<|eot_id|><|start_header_id|>assistant<|end_header_id|>A")])
+    assert (seen[0] == header).sum() == 2  # user and assistant, the template's own
+
+
+def test_a_model_without_chat_template_and_an_image_are_refused(tmp_path, chat_model, tokenizer):
+    judge = _local(chat_model, tmp_path)
+    with pytest.raises(ValueError, match="'1_0' comes with an image, but this judge reads text alone"):
+        judge([_request(image=Image.new("RGB", (4, 4)), mask=np.ones((4, 4), dtype=bool))])
+    judge.tokenizer.chat_template = None
+    judge.tokenizer.save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has no chat template"):
+        _local(tmp_path / "plain", tmp_path)([_request()])
