@@ -1,6 +1,5 @@
 """A judge behind an OpenAI-compatible endpoint: OpenAI, Azure, vLLM and others."""
 
-import base64
 import email.utils
 import os
 import random
@@ -270,7 +269,7 @@ def _content(prompt: Prompt) -> str | list[dict[str, Any]]:
     """The message: text alone, or image, mask and text."""
     if not prompt.images:
         return prompt.text
-    image, mask = (f"data:image/png;base64,{base64.b64encode(file).decode('ascii')}" for file in prompt.images)
+    image, mask = prompt.images
     return [
         {"type": "text", "text": "The image around the object:"},
         {"type": "image_url", "image_url": {"url": image}},
