@@ -1,50 +1,39 @@
 """Scores of a model on drawn scenes: captions all regions of held-out pictures and lets the rule judge read them."""
 
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from perceptiondlm.evaluation.judges import SceneJudge
+from perceptiondlm.evaluation.captions import CaptionedImage
+from perceptiondlm.evaluation.judges_rules import SceneJudge
+from perceptiondlm.evaluation.runner import all_captions, caption_image, speed
 from perceptiondlm.evaluation.scoring import BenchmarkScore, constant_captions, score_captions, shuffled_captions
 from perceptiondlm.training.scenes import Scene, draw_scene, scene_class_names, scene_questions
 
 
 def caption_scenes(
-    model, processor, scenes: Sequence[Scene], progress: bool = False, **generate_kwargs: Any
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Caption every object of every scene, one picture at a time.
-
-    Returns:
-        captions by region id, and means over pictures: `tokens_per_forward`, `num_forward_passes`, and
-        `seconds_per_image` (processing, generation and decoding).
-    """
-    captions: dict[str, str] = {}
-    totals = {"tokens_per_forward": 0.0, "num_forward_passes": 0.0, "seconds_per_image": 0.0}
+    model, processor, scenes: Sequence[Scene], progress: bool = False, **settings: Any
+) -> dict[str, CaptionedImage]:
+    """Caption every object of every scene, one picture at a time; results by image id."""
+    images = {}
     for scene in tqdm(scenes, desc="captioning", disable=not progress):
-        start = time.perf_counter()
-        masks = [item.mask for item in scene.objects]
-        inputs = processor(images=scene.image, masks=masks).to(model.device)
-        output = model.generate(**inputs, **generate_kwargs)
-        texts = processor.post_process_region_captions(output)[0]
-        totals["seconds_per_image"] += time.perf_counter() - start
-        totals["tokens_per_forward"] += output.tokens_per_forward
-        totals["num_forward_passes"] += output.num_forward_passes
-        captions.update(zip(scene.region_ids, texts, strict=True))
-    return captions, {name: value / len(scenes) for name, value in totals.items()}
+        masks = {region: item.mask for region, item in zip(scene.region_ids, scene.objects, strict=True)}
+        images[scene.image_id] = caption_image(model, processor, scene.image_id, scene.image, masks, **settings)
+    return images
 
 
 def evaluate_scenes(
-    model, processor, seed: int, num_images: int, progress: bool = False, **generate_kwargs: Any
+    model, processor, seed: int, num_images: int, progress: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Score a model on scenes 0 to `num_images` - 1 of world `seed` by the protocol of ParaDLC-Bench.
 
+    Args:
+        settings: see `runner.caption_image`.
     Returns:
-        a JSON-ready report: `positive`, `negative`, `average`, `recognition` and `exact` (share of captions equal to
-        the reference) in percent, `per_attribute`, `per_subtype`, speed, two baselines, and every region's caption.
+        see `scenes_report`.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
@@ -52,8 +41,19 @@ def evaluate_scenes(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        captions, speed = caption_scenes(model, processor, scenes, progress, **generate_kwargs)
+        images = caption_scenes(model, processor, scenes, progress, **settings)
     model.train(was_training)
+    return scenes_report(scenes, images)
+
+
+def scenes_report(scenes: Sequence[Scene], images: Mapping[str, CaptionedImage]) -> dict[str, Any]:
+    """Score the captions of scenes of one world.
+
+    Returns:
+        a JSON-ready report: `positive`, `negative`, `average`, `recognition` and `exact` (share of captions equal to
+        the reference) in percent, `per_attribute`, `per_subtype`, speed, two baselines, and every region's caption.
+    """
+    captions = all_captions(images)
     references = {
         region: item.caption for scene in scenes for region, item in zip(scene.region_ids, scene.objects, strict=True)
     }
@@ -69,15 +69,15 @@ def evaluate_scenes(
     constant = score(constant_captions(references, most_common))
     return {
         "dataset": "scenes",
-        "seed": seed,
-        "num_images": num_images,
+        "seed": scenes[0].seed,
+        "num_images": len(scenes),
         "num_regions": result.num_regions,
         "num_questions": result.num_questions,
         **headline(result),
         "exact": 100 * sum(captions[k] == v for k, v in references.items()) / len(references),
         "per_attribute": result.per_attribute,
         "per_subtype": result.per_subtype,
-        **speed,
+        **speed(list(images.values())),
         "baselines": {
             "chance": headline(score(shuffled_captions(references, seed=0))),
             "constant": headline(constant),

@@ -1,54 +1,40 @@
-"""Scoring of region captions by multiple-choice questions: the protocol of DLC-Bench and ParaDLC-Bench.
+"""Scoring of region captions by multiple-choice questions: the protocols of ParaDLC-Bench and DLC-Bench.
 
 Steps (paper arXiv 2606.19534, section 3.3 and appendix 9.3; the numbers below refer to these steps):
 
 1. A judge reads one caption and answers one question at a time by picking a lettered choice.
 2. The first question of a region asks whether the caption names the object at all (recognition).
-3. The answer is matched to a choice; the choice carries a score, usually -1, 0, 0.5 or 1.
+3. The answer is matched to a choice; the choice carries a score: -1, 0, 0.5 or 1 in the published files.
 4. Where recognition failed, every score of that region is capped at 0: ``min(score, 0)``.
 5. A region's positive (negative) score is the mean over its positive (negative) questions; the recognition
    question belongs to neither.
-6. The benchmark averages regions, each with equal weight, over the regions that have such questions.
-   ``average = (positive + negative) / 2``, in percent.
+6. The benchmark averages regions, each with equal weight. ``average = (positive + negative) / 2``, in percent.
 
-A question is a mapping with these keys, as in the published ``qa.json`` files:
+Every region's scores equal the published scorers', oddities included: a region without positive questions scores 0 and
+counts in the average (12 of the 299 regions of ParaDLC-Bench), one without negative questions does not count there; see
+`questions.match_answer` for what counts as an answer. One thing is added: the published scorers fail on a recognition
+answer that matches neither choice; here the object counts as not recognised.
 
-==============  ============================================================================================
-``question``    the question as text, not empty
-``choices``     1 to 26 pairs ``[text, score]``
-``type``        ``"positive"`` or ``"negative"``
-``subtype``     optional label, such as ``"negative part"`` or ``"salient negative"``
-``query``       optional mapping with the question's meaning, for judges that read by rule
-==============  ============================================================================================
-
-Nothing here knows any particular judge: see ``judges.py`` for one.
+``questions.py`` describes a question, ``judges.py`` holds the judges.
 """
 
-import math
 import random
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
+
+from perceptiondlm.evaluation.bootstrap import bootstrap_samples, interval
+from perceptiondlm.evaluation.questions import Question, match_answer, question_problem, recognition_question
 
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-QUESTION_TYPES = ("positive", "negative")
-
-Question = Mapping[str, Any]
 Crop = tuple["Image.Image", "np.ndarray"]
-
-_ANSWER_PREFIX = r"(?:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:answer|choice|option)(?:\s+is)?\b\s*:?)?"
-_LETTER_END = r"(?:\W*$|[\s*_\"'`]*[.:)\]]|[ \t*_]*\n)"
-_LETTER_ANSWER = re.compile(rf"^\W*{_ANSWER_PREFIX}\W*([a-z]){_LETTER_END}", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +44,10 @@ class JudgeRequest:
     Args:
         region_id: key of the region, used in messages.
         caption: the caption under judgement, possibly empty.
-        question: the question with its choices (see the module's table).
+        question: the question with its choices.
         image: the region's crop, for judges that look at pixels; None for a text-only benchmark.
         mask: the region's mask, boolean, same height and width as ``image``; None along with it.
+        index: the question's place in its region; the recognition question is 0.
     """
 
     region_id: str
@@ -68,6 +55,7 @@ class JudgeRequest:
     question: Question
     image: "Image.Image | None" = None
     mask: "np.ndarray | None" = None
+    index: int = 0
 
 
 class Judge(Protocol):
@@ -86,6 +74,7 @@ class QuestionScore:
 
     Attributes:
         question: the question's text.
+        choices: its pairs ``[text, score]``.
         type: ``"positive"``, ``"negative"`` or ``"recognition"``.
         subtype: the question's own label, or None.
         query: the question's machine-readable meaning, or None.
@@ -96,6 +85,7 @@ class QuestionScore:
     """
 
     question: str
+    choices: list[list[Any]]
     type: str
     subtype: str | None
     query: dict[str, Any] | None
@@ -111,21 +101,33 @@ class RegionScore:
 
     Attributes:
         region_id: key of the region.
+        image_id: key of the image it lies in.
         caption: the caption that was judged.
         recognized: whether the recognition question scored above 0.
-        positive: mean of the positive questions, usually in [-1, 1]; None where the region has none.
-        negative: mean of the negative questions, likewise.
+        positive: mean of the positive questions, usually in [-1, 1]; 0 where the region has none.
+        negative: mean of the negative questions, likewise; None where the region has none.
+        score: mean of all questions, positive and negative.
         recognition: the recognition question's row.
         questions: one row per question, in the order given, recognition not among them.
     """
 
     region_id: str
+    image_id: str
     caption: str
     recognized: bool
-    positive: float | None
+    positive: float
     negative: float | None
+    score: float
     recognition: QuestionScore
-    questions: list[QuestionScore] = field(default_factory=list)
+    questions: list[QuestionScore]
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "RegionScore":
+        """The region from its plain form in `BenchmarkScore.to_dict`."""
+        recognition = QuestionScore(**plain["recognition"])
+        return cls(
+            **{**plain, "recognition": recognition, "questions": [QuestionScore(**q) for q in plain["questions"]]}
+        )
 
 
 @dataclass(frozen=True)
@@ -133,28 +135,33 @@ class BenchmarkScore:
     """Scores of a whole benchmark, in percent (100 is perfect, negative values are possible).
 
     Attributes:
-        positive: mean over regions of their positive score; None where no region has positive questions.
-        negative: likewise for negative questions.
-        average: (positive + negative) / 2; None where either is None.
+        positive: mean over regions of their positive score.
+        negative: mean over the regions with negative questions; None where there is none.
+        average: (positive + negative) / 2; None along with ``negative``.
         recognition: share of regions whose object was named, in [0, 100].
+        intervals: 95 % bootstrap interval over images ``[lower, upper]`` of each of the four above; empty for fewer
+            than two images.
         per_subtype: mean score over the questions of one subtype, each question with equal weight. A question
             without subtype counts under its type.
         per_attribute: share of positive attribute questions scored 1 after the cap, in [0, 100], by attribute;
             a part's attribute is named ``"part color"``. Only questions with a query of kind ``"attribute"``.
         regions: the regions' own scores, in the order of the questions.
-        num_images: number of different images; a region id reads ``IMAGE_INDEX``, and an id without an
-            underscore is an image of its own.
+        missing: regions with questions that were left out for want of a caption. Where there is any, the scores are
+            partial and must be shown as such.
+        num_images: number of different images among the regions scored.
         num_regions: number of regions scored.
         num_questions: number of questions scored, recognition questions not counted.
     """
 
-    positive: float | None
+    positive: float
     negative: float | None
     average: float | None
     recognition: float
+    intervals: dict[str, list[float]]
     per_subtype: dict[str, float]
     per_attribute: dict[str, float]
     regions: list[RegionScore]
+    missing: list[str]
     num_images: int
     num_regions: int
     num_questions: int
@@ -163,83 +170,10 @@ class BenchmarkScore:
         """The whole record as plain dicts and lists, ready for ``json.dump``."""
         return asdict(self)
 
-
-def recognition_question(class_name: str) -> dict[str, Any]:
-    """The question that decides whether a caption names the object (step 2).
-
-    Args:
-        class_name: name of the object's class, such as ``"house"``; not blank.
-
-    Returns:
-        A question in the published shape with type ``"recognition"``, choices scored 1 and 0, and the query
-        ``{"kind": "recognition", "category": class_name}``.
-
-    Raises:
-        ValueError: the class name is blank.
-    """
-    if not class_name.strip():
-        raise ValueError("the class name of a recognition question is blank")
-    article = "an" if class_name.strip()[0].lower() in "aeiou" else "a"
-    return {
-        "question": "Which of the following is applicable to the description?",
-        "choices": [
-            [f"The described object is (or contains) {article} {class_name}.", 1],
-            [f"The described object is not {article} {class_name} and contains none.", 0],
-        ],
-        "type": "recognition",
-        "query": {"kind": "recognition", "category": class_name},
-    }
-
-
-def question_prompt(caption: str, question: Question) -> str:
-    """The text a language-model judge reads: the caption, the question and its lettered choices.
-
-    Args:
-        caption: the caption under judgement; an empty one is shown as ``(no description)``.
-        question: a question with choices (see the module's table).
-    """
-    lettered = zip(LETTERS, question["choices"], strict=False)
-    choices = "\n".join(f"{letter}. {text}" for letter, (text, _) in lettered)
-    return (
-        "Below is a description of one object, followed by a question about the description.\n\n"
-        f"Description: {caption.strip() or '(no description)'}\n\n"
-        f"Question: {question['question']}\n{choices}\n\n"
-        "Judge by what the description says. Answer with the letter only."
-    )
-
-
-def match_answer(answer: str, choices: Sequence[Sequence[Any]]) -> int | None:
-    """Match a judge's text to a choice (step 3): by letter, by text, then by substring.
-
-    1. A leading letter standing alone, in any case: ``B``, ``B.``, ``(B)``, ``**B**``, ``B: because``,
-       ``Answer: B``. The word "a" in front of another word is no letter.
-    2. A choice's text, whatever the case, spacing and punctuation.
-    3. Whole words: choices contained in the answer, or failing that the one choice that contains the answer
-       (two words at least). Of choices inside one another the longest counts ("not mentioned" over
-       "mentioned"); two that are not inside one another match nothing.
-
-    Args:
-        answer: the judge's text.
-        choices: pairs ``[text, score]``.
-
-    Returns:
-        The choice's index, or None where nothing matches.
-    """
-    letter = _LETTER_ANSWER.match(answer)
-    if letter is not None:
-        index = LETTERS.index(letter[1].upper())
-        if index < len(choices):
-            return index
-    said = _words(answer)
-    texts = [_words(text) for text, _ in choices]
-    if said in texts and said.strip():
-        return texts.index(said)
-    inside = [index for index, text in enumerate(texts) if text.strip() and text in said]
-    if inside:
-        longest = max(inside, key=lambda index: len(texts[index]))
-        return longest if all(texts[index] in texts[longest] for index in inside) else None
-    around = [index for index, text in enumerate(texts) if said in text]
-    return around[0] if len(around) == 1 and len(said.split()) >= 2 else None
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "BenchmarkScore":
+        """The record from `to_dict`, or from the JSON written of it."""
+        return cls(**{**plain, "regions": [RegionScore.from_dict(region) for region in plain["regions"]]})
 
 
 def score_captions(
@@ -249,7 +183,10 @@ def score_captions(
     judge: Judge,
     progress: bool = False,
     *,
+    protocol: str = "paradlc",
     crops: Mapping[str, Crop] | None = None,
+    image_ids: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
     batch_size: int = 256,
 ) -> BenchmarkScore:
     """Ask a judge every question of every region and score the answers (steps 1 to 6).
@@ -261,37 +198,109 @@ def score_captions(
         class_names: class name per region id, for the recognition question.
         judge: answers batches of requests.
         progress: show a progress bar over questions.
+        protocol: wording of the recognition question, ``"paradlc"`` or ``"dlc"``.
         crops: image crop and boolean mask per region id, handed on to judges that look; looked up one batch
             at a time, so a mapping that crops when asked is fine.
+        image_ids: image per region id; default: `image_of` the region id.
+        allow_missing: score the regions that have captions and list the others in ``missing``.
         batch_size: requests per call of the judge, at least 1.
 
     Raises:
-        ValueError: before judging, naming the region: a caption, class name or crop is missing, or a question
+        ValueError: before judging, naming the regions: captions, a class name or a crop are missing, or a question
             does not have the published shape; there is nothing to score; ``batch_size`` is below 1. While
             judging: the judge returned more or fewer answers than it was asked for.
         TypeError: a caption or an answer is not a string.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    scored = {region_id: list(asked) for region_id, asked in questions.items() if asked}
-    if not scored:
-        raise ValueError(f"nothing to score: none of the {len(questions)} regions has a question")
-    for region_id, asked in scored.items():
-        _check_region(region_id, asked, captions, class_names, crops)
+    plan = _plan(questions, class_names, protocol)
+    missing = [region_id for region_id in plan if region_id not in captions]
+    if missing and not allow_missing:
+        raise ValueError(f"{len(missing)} of {len(plan)} regions have no caption: {', '.join(missing)}")
+    plan = {region_id: asked for region_id, asked in plan.items() if region_id in captions}
+    if not plan:
+        raise ValueError(f"nothing to score: none of the {len(missing)} regions has a caption")
+    for region_id in plan:
+        if not isinstance(captions[region_id], str):
+            kind = type(captions[region_id]).__name__
+            raise TypeError(f"the caption of region {region_id!r} is a {kind}, not a string")
+        if crops is not None and region_id not in crops:
+            raise ValueError(f"region {region_id!r} has a caption but no crop")
 
-    plan = {region_id: [recognition_question(class_names[region_id]), *asked] for region_id, asked in scored.items()}
-    pending = [(region_id, question) for region_id, asked in plan.items() for question in asked]
-    answers: list[str] = []
+    pending = [(region_id, index) for region_id, asked in plan.items() for index in range(len(asked))]
+    answers: dict[str, list[str]] = {region_id: [] for region_id in plan}
     with tqdm(total=len(pending), desc="judging", unit="question", disable=not progress) as bar:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
-            answers += _ask(judge, [_request(*item, captions, crops) for item in batch])
+            requests = _requests(batch, plan, captions, crops)
+            for request, answer in zip(requests, _ask(judge, requests), strict=True):
+                answers[request.region_id].append(answer)
             bar.update(len(batch))
+    return _score(plan, answers, captions, image_ids, missing)
 
-    remaining = iter(answers)
-    return _summarize(
-        [_score_region(region_id, captions[region_id], asked, remaining) for region_id, asked in plan.items()]
+
+def score_answers(
+    answers: Mapping[str, Sequence[str]],
+    questions: Mapping[str, Sequence[Question]],
+    class_names: Mapping[str, str],
+    *,
+    captions: Mapping[str, str] | None = None,
+    image_ids: Mapping[str, str] | None = None,
+) -> BenchmarkScore:
+    """Score answers that were given before (steps 3 to 6).
+
+    Args:
+        answers: the judge's answers per region id, the recognition question's first, then in the questions' order.
+        questions, class_names, image_ids: as in `score_captions`.
+        captions: the captions judged, for the record; default: empty.
+
+    Raises:
+        ValueError: a region has questions but no answers, or not one answer per question.
+    """
+    plan = _plan(questions, class_names, "paradlc")
+    for region_id, asked in plan.items():
+        given = len(answers.get(region_id, ()))
+        if given != len(asked):
+            raise ValueError(
+                f"region {region_id!r} has {given} answers, need {len(asked)}: recognition and each question"
+            )
+    return _score(plan, answers, captions or dict.fromkeys(plan, ""), image_ids, [])
+
+
+def summarize(regions: list[RegionScore], missing: Sequence[str] = ()) -> BenchmarkScore:
+    """Step 6 for scored regions, at least one, and the same rows grouped by subtype and attribute."""
+    rows = [row for region in regions for row in region.questions]
+    subtypes: dict[str, list[float]] = defaultdict(list)
+    attributes: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        subtypes[row.subtype or row.type].append(row.score)
+        query = row.query or {}
+        if row.type == "positive" and query.get("kind") == "attribute":
+            owner = "" if query.get("part") is None else "part "
+            attributes[f"{owner}{query.get('attribute')}"].append(float(row.score == 1))
+
+    positive = 100 * sum(region.positive for region in regions) / len(regions)
+    negative = _mean([100 * region.negative for region in regions if region.negative is not None])
+    num_images = len({region.image_id for region in regions})
+    return BenchmarkScore(
+        positive=positive,
+        negative=negative,
+        average=None if negative is None else (positive + negative) / 2,
+        recognition=100 * sum(region.recognized for region in regions) / len(regions),
+        intervals=_intervals(regions) if num_images > 1 else {},
+        per_subtype={name: 100 * sum(scores) / len(scores) for name, scores in sorted(subtypes.items())},
+        per_attribute={name: 100 * sum(scores) / len(scores) for name, scores in sorted(attributes.items())},
+        regions=regions,
+        missing=list(missing),
+        num_images=num_images,
+        num_regions=len(regions),
+        num_questions=len(rows),
     )
+
+
+def image_of(region_id: str) -> str:
+    """The image of a region id that reads ``IMAGE_INDEX``; an id without an underscore is an image of its own."""
+    return region_id.rpartition("_")[0] or region_id
 
 
 def constant_captions(region_ids: Iterable[str], caption: str) -> dict[str, str]:
@@ -322,64 +331,41 @@ def shuffled_captions(captions: Mapping[str, str], seed: int) -> dict[str, str]:
     return dict(zip(captions, texts, strict=True))
 
 
-def _words(text: str) -> str:
-    """Lower-case words with a space before, between and after, so that ``in`` compares whole words."""
-    return f" {' '.join(_WORD.findall(text.lower()))} "
+def _plan(
+    questions: Mapping[str, Sequence[Question]], class_names: Mapping[str, str], protocol: str
+) -> dict[str, list[Question]]:
+    """All questions to ask per region, recognition first; everything about them checked (step 2)."""
+    plan: dict[str, list[Question]] = {}
+    for region_id, asked in questions.items():
+        if not asked:
+            continue
+        if not class_names.get(region_id, "").strip():
+            raise ValueError(f"region {region_id!r} has {len(asked)} questions but no class name")
+        for position, question in enumerate(asked):
+            problem = question_problem(question)
+            if problem:
+                raise ValueError(f"question {position} of region {region_id!r}: {problem}")
+        plan[region_id] = [recognition_question(class_names[region_id], protocol), *asked]
+    if not plan:
+        raise ValueError(f"nothing to score: none of the {len(questions)} regions has a question")
+    return plan
 
 
-def _check_region(
-    region_id: str,
-    asked: Sequence[Question],
+def _requests(
+    batch: Sequence[tuple[str, int]],
+    plan: Mapping[str, Sequence[Question]],
     captions: Mapping[str, str],
-    class_names: Mapping[str, str],
     crops: Mapping[str, Crop] | None,
-) -> None:
-    """Raise if anything needed to judge this region is missing or malformed."""
-    if region_id not in captions:
-        raise ValueError(f"region {region_id!r} has {len(asked)} questions but no caption")
-    if not isinstance(captions[region_id], str):
-        raise TypeError(f"the caption of region {region_id!r} is a {type(captions[region_id]).__name__}, not a string")
-    if not class_names.get(region_id, "").strip():
-        raise ValueError(f"region {region_id!r} has {len(asked)} questions but no class name")
-    if crops is not None and region_id not in crops:
-        raise ValueError(f"region {region_id!r} has {len(asked)} questions but no crop")
-    for position, question in enumerate(asked):
-        problem = _question_problem(question)
-        if problem:
-            raise ValueError(f"question {position} of region {region_id!r}: {problem}")
-
-
-def _question_problem(question: Question) -> str | None:
-    """What is wrong with a question's shape, or None."""
-    if not isinstance(question, Mapping):
-        return f"expected a mapping, got {type(question).__name__}"
-    if not isinstance(question.get("question"), str) or not question["question"].strip():
-        return "no question text"
-    if question.get("type") not in QUESTION_TYPES:
-        return f"type {question.get('type')!r} is none of {QUESTION_TYPES}"
-    if not isinstance(question.get("query", {}), Mapping):
-        return f"query {question['query']!r} is not a mapping"
-    choices = question.get("choices")
-    if not isinstance(choices, Sequence) or isinstance(choices, str) or not 1 <= len(choices) <= len(LETTERS):
-        count = len(choices) if isinstance(choices, Sequence) else "no"
-        return f"{count} choices, need 1 to {len(LETTERS)}"
-    for choice in choices:
-        if not isinstance(choice, Sequence) or isinstance(choice, str) or len(choice) != 2:
-            return f"choice {choice!r} is not a pair of text and score"
-        text, score = choice
-        if not isinstance(text, str) or not text.strip():
-            return f"choice {choice!r} has no text"
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            return f"choice {choice!r} has no finite number as score"
-    return None
-
-
-def _request(
-    region_id: str, question: Question, captions: Mapping[str, str], crops: Mapping[str, Crop] | None
-) -> JudgeRequest:
-    """The request for one question, with the region's crop where there are crops."""
-    image, mask = (None, None) if crops is None else crops[region_id]
-    return JudgeRequest(region_id, captions[region_id], question, image, mask)
+) -> list[JudgeRequest]:
+    """The requests of one batch of (region, question number); every region's crop is taken once."""
+    region_ids = dict.fromkeys(region_id for region_id, _ in batch)
+    taken = {region_id: None if crops is None else crops[region_id] for region_id in region_ids}
+    requests = []
+    for region_id, index in batch:
+        image, mask = taken[region_id] or (None, None)
+        question = plan[region_id][index]
+        requests.append(JudgeRequest(region_id, captions[region_id], question, image, mask, index))
+    return requests
 
 
 def _ask(judge: Judge, requests: Sequence[JudgeRequest]) -> list[str]:
@@ -401,6 +387,7 @@ def _score_question(question: Question, answer: str, recognized: bool) -> Questi
     query = question.get("query")
     return QuestionScore(
         question=question["question"],
+        choices=[list(pair) for pair in question["choices"]],
         type=question["type"],
         subtype=question.get("subtype"),
         query=None if query is None else dict(query),
@@ -411,48 +398,47 @@ def _score_question(question: Question, answer: str, recognized: bool) -> Questi
     )
 
 
-def _score_region(region_id: str, caption: str, asked: Sequence[Question], answers: Iterator[str]) -> RegionScore:
-    """Steps 3 to 5 for one region: takes one answer per question off ``answers``, recognition first."""
-    first = _score_question(asked[0], next(answers), recognized=True)
+def _score_region(
+    region_id: str, image_id: str, caption: str, asked: Sequence[Question], answers: Sequence[str]
+) -> RegionScore:
+    """Steps 3 to 5 for one region; the recognition question comes first."""
+    first = _score_question(asked[0], answers[0], recognized=True)
     recognized = first.raw_score > 0
-    rows = [_score_question(question, next(answers), recognized) for question in asked[1:]]
+    rows = [_score_question(*pair, recognized) for pair in zip(asked[1:], answers[1:], strict=True)]
     return RegionScore(
         region_id=region_id,
+        image_id=image_id,
         caption=caption,
         recognized=recognized,
-        positive=_mean([row.score for row in rows if row.type == "positive"]),
+        positive=_mean([row.score for row in rows if row.type == "positive"]) or 0.0,
         negative=_mean([row.score for row in rows if row.type == "negative"]),
+        score=_mean([row.score for row in rows]) or 0.0,
         recognition=first,
         questions=rows,
     )
 
 
-def _summarize(regions: list[RegionScore]) -> BenchmarkScore:
-    """Step 6, and the same rows grouped by subtype and attribute."""
-    rows = [row for region in regions for row in region.questions]
-    subtypes: dict[str, list[float]] = defaultdict(list)
-    attributes: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        subtypes[row.subtype or row.type].append(row.score)
-        query = row.query or {}
-        if row.type == "positive" and query.get("kind") == "attribute":
-            owner = "" if query.get("part") is None else "part "
-            attributes[f"{owner}{query.get('attribute')}"].append(float(row.score == 1))
+def _score(
+    plan: Mapping[str, Sequence[Question]],
+    answers: Mapping[str, Sequence[str]],
+    captions: Mapping[str, str],
+    image_ids: Mapping[str, str] | None,
+    missing: list[str],
+) -> BenchmarkScore:
+    """Steps 3 to 6."""
+    if image_ids is None:
+        image_ids = {region_id: image_of(region_id) for region_id in plan}
+    regions = [
+        _score_region(region_id, image_ids[region_id], captions[region_id], asked, answers[region_id])
+        for region_id, asked in plan.items()
+    ]
+    return summarize(regions, missing)
 
-    positive = _mean([region.positive for region in regions if region.positive is not None])
-    negative = _mean([region.negative for region in regions if region.negative is not None])
-    return BenchmarkScore(
-        positive=None if positive is None else 100 * positive,
-        negative=None if negative is None else 100 * negative,
-        average=None if positive is None or negative is None else 50 * (positive + negative),
-        recognition=100 * sum(region.recognized for region in regions) / len(regions),
-        per_subtype={name: 100 * sum(scores) / len(scores) for name, scores in sorted(subtypes.items())},
-        per_attribute={name: 100 * sum(scores) / len(scores) for name, scores in sorted(attributes.items())},
-        regions=regions,
-        num_images=len({region.region_id.rpartition("_")[0] or region.region_id for region in regions}),
-        num_regions=len(regions),
-        num_questions=len(rows),
-    )
+
+def _intervals(regions: Sequence[RegionScore]) -> dict[str, list[float]]:
+    """95 % bootstrap interval of each headline number that is defined."""
+    bounds = {name: interval(samples) for name, samples in bootstrap_samples(regions).items()}
+    return {name: pair for name, pair in bounds.items() if pair is not None}
 
 
 def _mean(values: Sequence[float]) -> float | None:

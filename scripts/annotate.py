@@ -31,6 +31,17 @@ def annotate(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> 
     """
     if len(masks) != len(captions):
         raise ValueError(f"{len(masks)} masks need {len(masks)} captions, got {len(captions)}")
+    picture = number_regions(image, masks)
+    return _beside(picture, _legend(captions, picture.height, _font(picture)))
+
+
+def number_regions(image: Image.Image, masks: Sequence[np.ndarray] | np.ndarray) -> Image.Image:
+    """The image with its regions tinted, outlined and numbered from 1; a small image is enlarged.
+
+    Args:
+        image: RGB.
+        masks: N masks (H, W) bool, at the image's size, none empty.
+    """
     scale = max(1.0, MIN_SIDE / min(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     canvas = np.asarray(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
@@ -42,11 +53,14 @@ def annotate(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> 
         canvas[_outline(large, max(1, min(size) // 240))] = color
         places.append(_center(large))
     picture = Image.fromarray(canvas.round().astype(np.uint8))
-    font = ImageFont.load_default(size=max(14, min(size) // 32))
-    draw = ImageDraw.Draw(picture)
+    font, draw = _font(picture), ImageDraw.Draw(picture)
     for index, place in enumerate(places):
         _badge(draw, place, str(index + 1), PALETTE[index % len(PALETTE)], font)
-    return _beside(picture, _legend(captions, picture.height, font))
+    return picture
+
+
+def _font(picture: Image.Image):
+    return ImageFont.load_default(size=max(14, min(picture.size) // 32))
 
 
 def _outline(mask: np.ndarray, width: int) -> np.ndarray:

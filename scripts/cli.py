@@ -4,13 +4,16 @@ import argparse
 import sys
 from types import ModuleType
 
-from perceptiondlm.scripts import benchmark, caption, convert, evaluate
+from perceptiondlm.evaluation.judges_chat import JudgeError
+from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate, judge_answers
 
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "caption": (caption, "caption regions of images"),
     "convert": (convert, "convert published checkpoints, and back"),
-    "evaluate": (evaluate, "score a model on a benchmark"),
+    "evaluate": (evaluate, "score a model, or captions from elsewhere, on a benchmark"),
+    "compare": (compare, "results of several systems or judges side by side"),
+    "judge-answers": (judge_answers, "judge short answers strictly, from sample logs of lmms-eval"),
     "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
 }
 
@@ -24,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         COMMANDS[options.command][0].run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, JudgeError) as error:
         print(f"perceptiondlm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0

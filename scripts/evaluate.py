@@ -1,43 +1,160 @@
-"""`perceptiondlm evaluate`: score a model by the protocol of ParaDLC-Bench."""
+"""`perceptiondlm evaluate`: caption a benchmark, let a judge read the captions, and report.
+
+A killed run continues where it stopped: captions are kept image by image in --out, answers in the judge's cache.
+Several GPUs: accelerate launch --multi_gpu --num_processes N -m perceptiondlm.scripts.cli evaluate ...
+"""
 
 import argparse
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
+from perceptiondlm.evaluation.benchmarks import HUB_IDS, Benchmark, load_benchmark
+from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog, check_captions, read_captions, write_json
 from perceptiondlm.evaluation.environment import environment
+from perceptiondlm.evaluation.judges import judge_report
+from perceptiondlm.evaluation.report import write_html, write_markdown
+from perceptiondlm.evaluation.run_results import Results, beside_table_2
+from perceptiondlm.evaluation.runner import all_captions, caption_benchmark, model_identity, process_state, speed
 from perceptiondlm.evaluation.scenes import evaluate_scenes
-from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
+from perceptiondlm.scripts.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.training.scenes import write_scenes
 
 
-DATASETS = ("scenes",)
+JUDGES = "rules (drawn scenes), openai:MODEL, azure:DEPLOYMENT, transformers:PATH or replay:FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="what to evaluate on")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the drawn world (training used 1 and 2)")
-    parser.add_argument("--images", type=int, default=100, help="number of pictures")
+    parser.add_argument(
+        "--dataset",
+        default="scenes",
+        help=f"{', '.join(HUB_IDS)} (downloaded), scenes (drawn), or a folder like theirs",
+    )
+    parser.add_argument("--data", type=Path, help="a local copy of the dataset, instead of a download")
+    parser.add_argument(
+        "--seed", type=int, default=1000, help="scenes: seed of the drawn world (training used 1 and 2)"
+    )
+    parser.add_argument("--images", type=int, default=100, help="scenes: number of pictures")
+    parser.add_argument(
+        "--captions", type=Path, help='score this file {"IMAGEID_ANNINDEX": caption} instead of a model'
+    )
+    parser.add_argument("--allow-partial", action="store_true", help="score a captions file that lacks regions")
+    parser.add_argument("--name", help="of the system in reports; by default the model's or the file's")
+    parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")
+    parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
+    add_judge_arguments(parser, f"{JUDGES}; without it a benchmark is captioned only")
+    parser.add_argument(
+        "--show-image",
+        action=argparse.BooleanOptionalAction,
+        help="whether the judge sees the region's crop; by default as the benchmark has it, if the judge can see",
+    )
     add_model_arguments(parser, seed=False)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate and print."""
+    """Caption, judge, write, print."""
+    if options.dataset == "scenes" and options.images < 1:
+        raise ValueError(f"num_images must be at least 1, got {options.images}")
+    if options.dataset == "scenes" and not options.out and not options.captions:
+        run_scenes(options)
+        return
+    state = process_state()
+    out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).name
+    benchmark = open_benchmark(options, out, state)
+    region_ids = [region.region_id for region in benchmark.regions]
+    measured: dict[str, Any] = {}
+    if options.captions:
+        captions, issues = read_captions(options.captions, region_ids, options.allow_partial)
+    else:
+        images, measured = caption(options, benchmark, out, state)
+        captions, issues = check_captions(all_captions(images), region_ids)
+    if not state.is_main_process:
+        return
+    write_json(captions, out / "captions.json")
+    spec = options.judge or ("rules" if options.dataset == "scenes" else None)
+    if spec is None:
+        print(f"{len(captions)} captions: {out / 'captions.json'}; judge them with --captions and --judge")
+        return
+    judge = load_judge(options, spec)
+    show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
+    score = benchmark.score(captions, judge, show_image=show, allow_missing=bool(issues.missing), progress=True)
+    judging = {**judge_report(judge), "sees image and mask": show}
+    results = Results(system_name(options), spec, benchmark.name, score, issues, judging=judging, **measured)
+    write_reports(results, benchmark, out, options.json)
+
+
+def run_scenes(options: argparse.Namespace) -> None:
+    """Score a model on drawn scenes in memory, by the rule judge."""
     pipe = load_pipeline(options)
-    report = evaluate_scenes(
-        pipe.model,
-        pipe.processor,
-        options.seed,
-        options.images,
-        progress=True,
-        **generate_settings(options, leave_out=("seed",)),
-    )
+    settings = caption_settings(options)
+    report = evaluate_scenes(pipe.model, pipe.processor, options.seed, options.images, progress=True, **settings)
     report["environment"] = environment(pipe.device)
     print(table(report))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, options.json)
+
+
+def open_benchmark(options: argparse.Namespace, out: Path, state: PartialState) -> Benchmark:
+    """The benchmark: downloaded or drawn by the main process first, then read by all."""
+    with state.main_process_first():
+        if options.dataset == "scenes":
+            folder = out / "benchmark"
+            if state.is_main_process:
+                write_scenes(options.seed, options.images, folder)
+            return replace(load_benchmark(folder), name=f"scenes (seed {options.seed})")
+        benchmark = load_benchmark(options.data or options.dataset)
+    return replace(benchmark, name=options.dataset) if options.dataset in HUB_IDS else benchmark
+
+
+def caption(
+    options: argparse.Namespace, benchmark: Benchmark, out: Path, state: PartialState
+) -> tuple[dict[str, CaptionedImage], dict[str, Any]]:
+    """Caption the benchmark; returns the images, and what the results say about speed, settings and environment."""
+    if state.num_processes > 1 and options.device is None:
+        options.device = str(state.device)
+    settings = caption_settings(options)
+    log = CaptionLog(out, state.process_index)
+    model = model_identity(options.model or str(REPOSITORY))
+    made_with = {"dataset": benchmark.name, **model, "dtype": options.dtype, **settings}
+    with state.main_process_first():
+        log.check_settings(made_with)
+    pipe = load_pipeline(options)
+    images = caption_benchmark(pipe.model.eval(), pipe.processor, benchmark, log, state, progress=True, **settings)
+    measured = {"speed": speed(list(images.values())), "settings": made_with, "environment": environment(pipe.device)}
+    return images, measured
+
+
+def caption_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `runner.caption_image` that were given."""
+    settings = generate_settings(options, leave_out=("seed",))
+    if options.max_regions_per_pass is not None:
+        settings["max_regions_per_pass"] = options.max_regions_per_pass
+    return settings
+
+
+def system_name(options: argparse.Namespace) -> str:
+    """What the reports call the system."""
+    if options.name or options.captions:
+        return options.name or options.captions.stem
+    return Path(options.model).name or options.model if options.model else "embedded model"
+
+
+def write_reports(results: Results, benchmark: Benchmark, out: Path, copy: Path | None) -> None:
+    """Write results.json, report.md and report.html, and print the table."""
+    results.write(out / "results.json")
+    if copy:
+        results.write(copy)
+    write_markdown(results, out / "report.md")
+    write_html(results, benchmark, out / "report.html")
+    for line in results.issues.lines():
+        print(line)
+    print(beside_table_2(results))
+    print(f"{out / 'captions.json'}, results.json, report.md, report.html")
 
 
 def table(report: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perceptiondlm.evaluation.judges import SceneJudge, read_caption
+from perceptiondlm.evaluation.judges_rules import SceneJudge, read_caption
 from perceptiondlm.evaluation.scoring import JudgeRequest, constant_captions, score_captions, shuffled_captions
 from perceptiondlm.training.scenes import CATEGORIES, COLORS, draw_scene, scene_class_names, scene_questions
 

@@ -1,23 +1,21 @@
-"""Scoring of captions: hand-computed cases, answer matching, and the published question files."""
+"""Scoring of captions: hand-computed cases, intervals, and what is refused."""
 
 import json
-from pathlib import Path
+import random
 from typing import Any
 
 import pytest
 
+from perceptiondlm.evaluation.bootstrap import bootstrap_samples, interval
 from perceptiondlm.evaluation.scoring import (
+    BenchmarkScore,
     JudgeRequest,
     constant_captions,
-    match_answer,
-    question_prompt,
-    recognition_question,
+    score_answers,
     score_captions,
     shuffled_captions,
 )
 
-
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "paradlc"
 
 POSITIVE: dict[str, Any] = {
     "question": "Which of the following is applicable to the description?",
@@ -77,12 +75,14 @@ def test_unmatched_recognition_answer_counts_as_not_recognized():
     assert not score(["I cannot tell", "A"], {"7_0": [POSITIVE]}).regions[0].recognized
 
 
-def test_regions_have_equal_weight_and_missing_types_are_left_out():
+def test_regions_have_equal_weight_and_those_without_positive_questions_count_as_published():
     questions = {"1_0": [POSITIVE], "1_1": [POSITIVE, POSITIVE, POSITIVE, NEGATIVE], "2_0": [NEGATIVE]}
-    result = score("AAACCCBAA", questions)
-    assert [region.positive for region in result.regions] == [1, -1, None]
+    result = score("AAACCABAA", questions)
+    assert [region.positive for region in result.regions] == [1, pytest.approx(-1 / 3), 0]
     assert [region.negative for region in result.regions] == [None, 1, -1]
-    assert (result.positive, result.negative, result.average) == (0, 0, 0)
+    assert [region.score for region in result.regions] == [1, 0, -1]
+    assert result.positive == pytest.approx(100 * (1 - 1 / 3) / 3)
+    assert (result.negative, result.average) == (0, result.positive / 2)
     assert (result.num_images, result.num_regions, result.num_questions) == (2, 3, 6)
 
 
@@ -159,9 +159,9 @@ def test_an_empty_caption_is_judged_and_unasked_regions_are_left_aside():
         ({**POSITIVE, "question": ""}, "no question text"),
         ({**POSITIVE, "type": "neutral"}, "type 'neutral' is none of"),
         ({**POSITIVE, "query": "color"}, "query 'color' is not a mapping"),
-        ({**POSITIVE, "choices": []}, "0 choices, need 1 to 26"),
+        ({**POSITIVE, "choices": []}, "0 choices, need 1 to 5"),
         ({**POSITIVE, "choices": None}, "no choices"),
-        ({**POSITIVE, "choices": [["x", 1]] * 27}, "27 choices"),
+        ({**POSITIVE, "choices": [["x", 1]] * 6}, "6 choices"),
         ({**POSITIVE, "choices": ["x"]}, "choice 'x' is not a pair"),
         ({**POSITIVE, "choices": [[" ", 1]]}, "has no text"),
         ({**POSITIVE, "choices": [["x", "1"]]}, "no finite number"),
@@ -178,9 +178,16 @@ def test_malformed_questions_are_found_before_judging(question, message):
 @pytest.mark.parametrize(
     ("captions", "questions", "class_names", "options", "message"),
     [
-        ({}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {}, "'1_0' has 1 questions but no caption"),
+        (
+            {"1_1": ""},
+            {"1_0": [POSITIVE], "1_1": [POSITIVE], "2_0": [POSITIVE]},
+            dict.fromkeys(("1_0", "1_1", "2_0"), "car"),
+            {},
+            "2 of 3 regions have no caption: 1_0, 2_0",
+        ),
+        ({}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"allow_missing": True}, "none of the 1 regions has a caption"),
         ({"1_0": ""}, {"1_0": [POSITIVE]}, {}, {}, "'1_0' has 1 questions but no class name"),
-        ({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"crops": {}}, "'1_0' has 1 questions but no crop"),
+        ({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"crops": {}}, "'1_0' has a caption but no crop"),
         ({"1_0": ""}, {"1_0": []}, {"1_0": "car"}, {}, "none of the 1 regions has a question"),
         ({"1_0": ""}, {"1_0": [POSITIVE]}, {"1_0": "car"}, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
@@ -200,62 +207,11 @@ def test_other_errors():
         score_captions({"1_0": ""}, questions, class_names, lambda requests: ["A"])
     with pytest.raises(TypeError, match="answer for region '1_0' is a int"):
         score_captions({"1_0": ""}, questions, class_names, lambda requests: [0 for _ in requests])
-    with pytest.raises(ValueError, match="blank"):
-        recognition_question(" ")
-
-
-CHOICES = [["The roof is mentioned.", 1], ["The roof is not mentioned.", 0], ["red", -1]]
-
-
-@pytest.mark.parametrize(
-    ("answer", "choice"),
-    [
-        ("B", 1),
-        ("b", 1),
-        ("B.", 1),
-        ("(B)", 1),
-        ("[B]", 1),
-        ("**B**", 1),
-        ("B) The roof", 1),
-        ("B: because it says so", 1),
-        ("B\nbecause A is false", 1),
-        ("Answer: B", 1),
-        ("The correct answer is C.", 2),
-        ("the  ROOF is\nnot mentioned", 1),
-        ("The roof is mentioned", 0),
-        ("I think that the roof is not mentioned, so", 1),
-        ("it is red", 2),
-        ("not mentioned", 1),
-        ("E", None),
-        ("A red roof", 2),
-        ("A house", None),
-        ("covered", None),
-        ("A and B", None),
-        ("The roof is mentioned. The roof is not mentioned.", None),
-        ("roof", None),
-        ("", None),
-        ("?!", None),
-    ],
-)
-def test_match_answer(answer, choice):
-    assert match_answer(answer, CHOICES) == choice
 
 
 def test_an_answer_without_match_scores_zero():
     row = score(["A", "no idea"], {"1_0": [NEGATIVE]}).regions[0].questions[0]
     assert (row.answer, row.choice, row.raw_score, row.score) == ("no idea", None, 0, 0)
-
-
-def test_recognition_question_and_prompt():
-    question = recognition_question("umbrella")
-    assert [value for _, value in question["choices"]] == [1, 0]
-    assert question["choices"][0][0] == "The described object is (or contains) an umbrella."
-    assert question["query"] == {"kind": "recognition", "category": "umbrella"}
-    prompt = question_prompt("a red cup", NEGATIVE)
-    assert "Description: a red cup\n" in prompt
-    assert "A. The door is mentioned.\nB. The door is not mentioned.\n" in prompt
-    assert prompt.endswith("Answer with the letter only.")
-    assert "(no description)" in question_prompt("  ", NEGATIVE)
 
 
 def test_baselines():
@@ -272,23 +228,71 @@ def test_baselines():
         shuffled_captions({"1_0": "x"}, 0)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published ParaDLC-Bench files are not beside this checkout")
-def test_published_questions():
-    questions = json.loads((PUBLISHED / "qa.json").read_text(encoding="utf-8"))
-    class_names = json.loads((PUBLISHED / "class_names.json").read_text(encoding="utf-8"))
-    captions = constant_captions(questions, "a thing")
+def test_partial_scores_say_what_is_missing():
+    questions = {"1_0": [POSITIVE], "1_1": [POSITIVE], "2_0": [POSITIVE]}
+    judge = ScriptedJudge("A", "A", "A", "C")
+    result = score_captions(
+        {"1_0": "x", "2_0": "y"}, questions, dict.fromkeys(questions, "cup"), judge, allow_missing=True
+    )
+    assert result.missing == ["1_1"]
+    assert [region.region_id for region in result.regions] == ["1_0", "2_0"]
+    assert result.positive == 0
 
-    def best(requests):
-        """The choice with the highest score, by its text."""
-        return [max(request.question["choices"], key=lambda choice: choice[1])[0] for request in requests]
 
-    result = score_captions(captions, questions, class_names, best)
-    rows = [row for region in result.regions for row in region.questions]
-    assert (result.num_images, result.num_regions, result.num_questions) == (100, 299, 2345)
-    assert sum(row.type == "positive" for row in rows) == 1137
-    assert sum(row.subtype == "salient negative" for row in rows) == 679
-    assert sum(row.subtype == "negative part" for row in rows) == 529
-    assert sum(region.positive is None for region in result.regions) == 12
-    assert (result.positive, result.negative, result.average, result.recognition) == (100, 100, 100, 100)
-    assert list(result.per_subtype) == ["negative part", "positive", "salient negative"]
-    assert result.per_attribute == {}
+def test_records_survive_json():
+    result = score("AAB" * 4, {f"{image}_0": [POSITIVE, NEGATIVE] for image in range(4)})
+    assert BenchmarkScore.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_answers_given_before_are_scored_alike():
+    questions = {"1_0": [POSITIVE, NEGATIVE], "2_0": [POSITIVE]}
+    asked = score("BADAC", questions)
+    answers = {"1_0": ["B", "A", "D"], "2_0": ["A", "C"]}
+    captions = {region_id: f"caption of {region_id}" for region_id in questions}
+    assert score_answers(answers, questions, dict.fromkeys(questions, "house"), captions=captions) == asked
+    with pytest.raises(ValueError, match=r"'2_0' has 1 answers, need 2"):
+        score_answers({**answers, "2_0": ["A"]}, questions, dict.fromkeys(questions, "house"))
+
+
+def test_images_are_told_by_region_ids_unless_given():
+    questions = {"a_b_0": [NEGATIVE], "a_b_1": [NEGATIVE], "17": [NEGATIVE]}
+    assert [region.image_id for region in score("ABABAB", questions).regions] == ["a_b", "a_b", "17"]
+    given = score("ABABAB", questions, image_ids=dict.fromkeys(questions, "one"))
+    assert (given.num_images, given.intervals) == (1, {})
+
+
+# Intervals.
+
+
+def test_intervals_over_images():
+    """Regions of an image go together: of two images, half of all draws hold one of them twice."""
+    questions = {f"{image}_{index}": [POSITIVE, NEGATIVE] for image in (1, 2) for index in range(50)}
+    result = score("AAB" * 50 + "BCA" * 50, questions)
+    assert (result.positive, result.recognition) == (0, 50)
+    assert result.intervals == {name: [-100, 100] for name in ("positive", "negative", "average")} | {
+        "recognition": [0, 100]
+    }
+
+
+def test_an_interval_has_the_width_of_theory():
+    """400 images that score 100 or -100 at random: mean 0, standard error 100 / sqrt(400) = 5."""
+    dice = random.Random(0)
+    draws = [dice.random() < 0.5 for _ in range(400)]
+    result = score("".join("AA" if draw else "AC" for draw in draws), {f"{k}_0": [POSITIVE] for k in range(400)})
+    low, high = result.intervals["positive"]
+    assert low < result.positive < high
+    assert (high - low) / 2 == pytest.approx(1.96 * 5, rel=0.05)
+    assert "negative" not in result.intervals
+
+
+def test_samples_of_two_systems_are_paired():
+    questions = {f"{k}_0": [POSITIVE, NEGATIVE] for k in range(30)}
+    dice = random.Random(0)
+    worse = [dice.choice(["ACA", "AAB"]) for _ in range(30)]
+    better = [answers.replace("C", "B") if k % 2 else answers for k, answers in enumerate(worse)]  # 0 instead of -1
+    one, two = (bootstrap_samples(score("".join(answers), questions).regions) for answers in (worse, better))
+    assert (two["positive"] >= one["positive"]).all()
+    assert (two["negative"] == one["negative"]).all()
+    low, high = interval(two["positive"] - one["positive"])
+    assert 0 < low < high
+    assert interval(one["positive"])[1] > interval(two["positive"])[0]  # unpaired, one could not tell

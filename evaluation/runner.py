@@ -1,0 +1,130 @@
+"""Captions a benchmark image by image, on one process or several, and continues where a killed run stopped.
+
+Processes share the images between them, without talking to each other but at start and end:
+
+    accelerate launch --multi_gpu --num_processes 8 -m perceptiondlm.scripts.cli evaluate --dataset paradlc ...
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from perceptiondlm.evaluation.benchmarks import Benchmark
+from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog
+
+
+WAIT = timedelta(days=2)  # for the slowest process; the default is minutes
+
+
+def process_state() -> PartialState:
+    """This process among those that `accelerate launch` (or torchrun) started; one process without it."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
+
+
+def caption_image(
+    model,
+    processor,
+    image_id: str,
+    image: Image.Image,
+    masks: Mapping[str, np.ndarray],
+    max_regions_per_pass: int | None = None,
+    **generate_kwargs: Any,
+) -> CaptionedImage:
+    """Caption all regions of one image in parallel.
+
+    Args:
+        masks: (H, W) bool mask by region id.
+        max_regions_per_pass: splits the regions into passes; by default as the processor does.
+        generate_kwargs: settings of `generate`.
+    """
+    start = time.perf_counter()
+    inputs = processor(images=image, masks=list(masks.values()), max_regions_per_pass=max_regions_per_pass)
+    inputs = inputs.to(model.device)
+    _synchronize(model.device)
+    generating = time.perf_counter()
+    output = model.generate(**inputs, **generate_kwargs)
+    _synchronize(model.device)
+    generated = time.perf_counter()
+    (texts,) = processor.post_process_region_captions(output)
+    return CaptionedImage(
+        image_id=image_id,
+        captions=dict(zip(masks, texts, strict=True)),
+        num_slots=round(output.tokens_per_forward * output.num_forward_passes),
+        num_forward_passes=output.num_forward_passes,
+        generate_seconds=generated - generating,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the accelerator, so that times are of work done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@torch.inference_mode()
+def caption_benchmark(
+    model,
+    processor,
+    benchmark: Benchmark,
+    log: CaptionLog,
+    state: PartialState,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, CaptionedImage]:
+    """Caption this process's share of the images that no run has captioned yet, then wait for the other processes.
+
+    Args:
+        log: where finished images are read from and added to.
+        state: see `process_state`.
+        settings: `max_regions_per_pass`, and settings of `generate`.
+    Returns:
+        all images captioned by now, by any process, in the benchmark's order.
+    """
+    log.drop_torn_line()
+    finished = log.images()
+    todo = [image for image in benchmark.images if image.image_id not in finished]
+    state.wait_for_everyone()  # every process has read the same log; only now it grows
+    share = todo[state.process_index :: state.num_processes]
+    for entry in tqdm(share, desc="captioning", unit="image", disable=not progress or not state.is_main_process):
+        masks = {region.region_id: region.mask() for region in entry.regions}
+        log.append(caption_image(model, processor, entry.image_id, entry.open(), masks, **settings))
+    state.wait_for_everyone()
+    images = log.images()
+    return {image.image_id: images[image.image_id] for image in benchmark.images if image.image_id in images}
+
+
+def all_captions(images: Mapping[str, CaptionedImage]) -> dict[str, str]:
+    """Caption by region id."""
+    return {region: caption for image in images.values() for region, caption in image.captions.items()}
+
+
+def speed(images: Sequence[CaptionedImage]) -> dict[str, float]:
+    """Efficiency over a benchmark (columns TPF and Time of the paper's Table 2).
+
+    Returns:
+        means over images: `tokens_per_forward` (caption slots decoded per denoising pass), `num_forward_passes` and
+        `seconds_per_image` (from image to captions); and `generate_seconds`, the time in `generate` for the whole
+        benchmark, added up over processes.
+    """
+    count = len(images)
+    return {
+        "tokens_per_forward": sum(image.num_slots / image.num_forward_passes for image in images) / count,
+        "num_forward_passes": sum(image.num_forward_passes for image in images) / count,
+        "seconds_per_image": sum(image.seconds for image in images) / count,
+        "generate_seconds": sum(image.generate_seconds for image in images),
+    }
+
+
+def model_identity(path: str) -> dict[str, Any]:
+    """What tells a checkpoint from another under the same name: sizes and times of a local directory's weights."""
+    weights = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    return {"model": path, "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}

@@ -1,0 +1,37 @@
+"""`perceptiondlm compare`: results of `perceptiondlm evaluate` side by side, with paired bootstrap differences.
+
+The first is what the others are compared to. Results of one system by several judges show how much the judge matters.
+"""
+
+import argparse
+from pathlib import Path
+
+from perceptiondlm.evaluation.captions import write_json
+from perceptiondlm.evaluation.compare import compare, comparison_markdown
+from perceptiondlm.evaluation.run_results import read_results
+
+
+PAPER_TABLES = (2, 5, 6, 7, 9, 10, 11, 12)  # those with the columns Pos, Neg and Avg
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files of the same benchmark")
+    parser.add_argument("--allow-partial", action="store_true", help="compare on the regions that all results have")
+    parser.add_argument(
+        "--paper-table", type=int, choices=PAPER_TABLES, help="print this table of the paper beside ours"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, print, write."""
+    comparison = compare([read_results(path) for path in options.results], options.allow_partial)
+    text = comparison_markdown(comparison, options.paper_table)
+    print(text)
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.json:
+        write_json(comparison.to_dict(), options.json)
