@@ -2,7 +2,8 @@
 
     python -m perceptiondlm.evaluation.decoding_curves --images 100 --json curves.json --plot curves.png
 
-From these curves the `fast` preset was chosen. A point is a setting's mean over pictures; the reference is one token a
+From these curves the `fast` preset was chosen. They include the paper's Table 9 (steps, with the released schedule) and
+Table 11 (slots per caption). A point is a setting's mean over pictures; the reference is one token a
 step, without early exit.
 """
 
@@ -24,6 +25,8 @@ CURVES: dict[str, list[dict[str, Any]]] = {
     "threshold": [{"sampler": "threshold", "threshold": value} for value in (0.95, 0.9, 0.8, 0.7, 0.5)],
     "margin": [{"sampler": "margin", "threshold": value} for value in (0.9, 0.8, 0.6, 0.4)],
     "entropy bound": [{"sampler": "entropy_bound", "entropy_bound": value} for value in (0.05, 0.1, 0.3, 1.0)],
+    "released rules": [{"shared_schedule": True, "remasking": True, "steps": steps} for steps in (16, 32, 48, 64)],
+    "64 slots": [{"max_new_tokens": 64, "steps": 32}, {"max_new_tokens": 64, "preset": "fast"}],
 }
 SCORES = ("positive", "negative", "average", "recognition", "exact")
 SPEED = ("num_forward_passes", "tokens_per_forward", "seconds_per_image")
@@ -71,13 +74,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The points for a terminal."""
-    lines = [f"{'':42s}{'Avg':>7s}{'share':>8s}{'passes':>8s}{'s/image':>9s}{'speed-up':>10s}"]
+    lines = [f"{'':52s}{'Avg':>7s}{'share':>8s}{'passes':>8s}{'s/image':>9s}{'speed-up':>10s}"]
     reference = {**result["reference"], "share_of_reference": 1.0, "speed_up": 1.0}
     for point in (reference, *(point for points in result["curves"].values() for point in points)):
-        name = " ".join(f"{value}" for value in point["settings"].values())
+        name = " ".join(f"{key}={value}" for key, value in point["settings"].items())
         share = "-" if point["share_of_reference"] is None else f"{point['share_of_reference']:.3f}"
         lines.append(
-            f"{name:42s}{point['average']:7.2f}{share:>8s}{point['num_forward_passes']:8.2f}"
+            f"{name:52s}{point['average']:7.2f}{share:>8s}{point['num_forward_passes']:8.2f}"
             f"{point['seconds_per_image']:9.3f}{point['speed_up']:10.2f}"
         )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ Legend: N regions, L prompt tokens, G tokens per caption.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModel, LlamaForCausalLM, StaticCache
 
 from perceptiondlm.attention_perceptiondlm import ROI, SEPARATOR, SHARED, allowed_attention, attention_bias
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from perceptiondlm.evaluation.measuring import count_flops
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.sampling_perceptiondlm import released_schedule
 
@@ -125,6 +127,7 @@ class Study:
         num_tokens: G, per caption.
         steps: of `full` and `cached`.
         fast_steps: of `fast`: the mean number of passes that the fast preset needs on the drawn world.
+        compiled: whether the passes of `cached` and `fast` are compiled.
         compile_rival: whether the autoregressive decoding step is compiled.
     """
 
@@ -132,6 +135,7 @@ class Study:
     num_tokens: int = 32
     steps: int = 32
     fast_steps: int = 8
+    compiled: bool = False
     compile_rival: bool = False
     causal: Any = field(init=False)
 
@@ -146,24 +150,44 @@ class Study:
         if self.compile_rival:
             self.step = torch.compile(self.causal.forward, mode="reduce-overhead", fullgraph=True)
 
-    def run(self, system: str, inputs: dict[str, torch.Tensor], encoded_image: Any = None) -> torch.Tensor:
-        """Caption all regions; returns the tokens, (N, G)."""
+    def passes(self, system: str) -> int:
+        """Passes that a system needs behind each prefill: denoising steps, or tokens written one after another."""
+        steps = {"full": self.steps, "cached": self.steps, "fast": self.fast_steps}
+        return steps.get(system.removesuffix("_on_cached_image"), self.num_tokens)
+
+    def sequences(self, system: str, num_regions: int) -> int:
+        """How often a system goes through its passes."""
+        return num_regions if system in ("ar_one_by_one", "ar_shared_prefix") else 1
+
+    def run(self, system: str, inputs: dict[str, torch.Tensor], encoded_image: Any = None, passes: int | None = None):
+        """Caption all regions; returns the tokens, (N, G). With fewer `passes` than needed, only these are run."""
+        passes = passes or self.passes(system)
         with torch.inference_mode():
             if system == "full":
                 with released_layout(self.model.config):
-                    return self._full(as_released(inputs))
+                    return self._full(as_released(inputs), passes)
             if system in ("cached", "fast", "fast_on_cached_image"):
-                return self._cached(inputs, self.steps if system == "cached" else self.fast_steps, encoded_image)
-            prompts = {"ar_one_by_one": self._each_anew, "ar_shared_prefix": self._in_turn, "ar_batch": self._at_once}
-            return prompts[system](inputs)
+                return self._cached(inputs, passes, encoded_image)
+            rivals = {"ar_one_by_one": self._each_anew, "ar_shared_prefix": self._in_turn, "ar_batch": self._at_once}
+            return rivals[system](inputs, passes)
+
+    def flops(self, system: str, inputs: dict[str, torch.Tensor], encoded_image: Any = None) -> int:
+        """Floating-point operations of a system, counted without compilation: every pass costs what the second does."""
+        chosen = (self.compiled, self.step)
+        self.compiled, self.step = False, self.causal.forward
+        try:
+            one, two = (count_flops(partial(self.run, system, inputs, encoded_image, n)) for n in (1, 2))
+        finally:
+            self.compiled, self.step = chosen
+        return one + (self.passes(system) - 1) * (two - one)
 
     def _cached(self, inputs, steps: int, encoded_image) -> torch.Tensor:
         if encoded_image is not None:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        settings = {"max_new_tokens": self.num_tokens, "steps": steps, "early_exit": False}
+        settings = {"max_new_tokens": self.num_tokens, "steps": steps, "early_exit": False, "compile": self.compiled}
         return self.model.generate(**inputs, encoded_image=encoded_image, **settings).sequences
 
-    def _full(self, inputs) -> torch.Tensor:
+    def _full(self, inputs, steps: int) -> torch.Tensor:
         """Every step runs all L + N (G + 1) tokens and scores the whole vocabulary at each of them."""
         model = self.model
         prompt = model.embed_prompt(**inputs)
@@ -175,7 +199,7 @@ class Study:
         positions = torch.cat((prompt.positions, layout.positions), dim=1)
         blank = model.config.mask_token_id
         slots = torch.full((regions, self.num_tokens), blank, device=prompt.embeds.device)
-        for decided in released_schedule(slots.numel(), self.steps):
+        for decided in released_schedule(slots.numel(), steps):
             answers = model.get_input_embeddings()(layout.token_ids(layout.enclose(slots)))
             hidden = model.language_model(torch.cat((prompt.embeds, answers), dim=1), mask, positions)
             probabilities = model.lm_head(hidden).double().softmax(dim=-1)
@@ -200,24 +224,24 @@ class Study:
         output = self.causal(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits.argmax(dim=-1)
 
-    def _decode(self, token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
-        """Greedy decoding from a first token (rows, 1): (rows, G)."""
+    def _decode(self, token: torch.Tensor, cache: StaticCache, count: int) -> torch.Tensor:
+        """Greedy decoding from a first token (rows, 1): (rows, count)."""
         tokens = [token]
-        for _ in range(self.num_tokens - 1):
+        for _ in range(count - 1):
             output = self.step(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
             tokens.append(output.logits.argmax(dim=-1).clone())
         return torch.cat(tokens, dim=1)
 
-    def _each_anew(self, inputs) -> torch.Tensor:
+    def _each_anew(self, inputs, count: int) -> torch.Tensor:
         rows = []
         for index in range(int(inputs["num_regions"])):
             shared, own = self._prefix(inputs)  # encodes the image every time
             sequence = torch.cat((shared, own[index : index + 1]), dim=1)
             cache = self._cache(sequence.shape[1] + self.num_tokens)
-            rows.append(self._decode(self._prefill(sequence, cache), cache))
+            rows.append(self._decode(self._prefill(sequence, cache), cache, count))
         return torch.cat(rows)
 
-    def _in_turn(self, inputs) -> torch.Tensor:
+    def _in_turn(self, inputs, count: int) -> torch.Tensor:
         shared, own = self._prefix(inputs)
         cache = self._cache(shared.shape[1] + own.shape[1] + self.num_tokens)
         self._prefill(shared, cache)
@@ -225,10 +249,10 @@ class Study:
         for index in range(len(own)):
             for layer in cache.layers:
                 layer.cumulative_length.fill_(shared.shape[1])
-            rows.append(self._decode(self._prefill(own[index : index + 1], cache), cache))
+            rows.append(self._decode(self._prefill(own[index : index + 1], cache), cache, count))
         return torch.cat(rows)
 
-    def _at_once(self, inputs) -> torch.Tensor:
+    def _at_once(self, inputs, count: int) -> torch.Tensor:
         shared, own = self._prefix(inputs)
         length = shared.shape[1]
         single, cache = self._cache(length), self._cache(length + own.shape[1] + self.num_tokens)
@@ -239,4 +263,4 @@ class Study:
             layer.keys[:, :, :length] = source.keys
             layer.values[:, :, :length] = source.values
             layer.cumulative_length.fill_(length)
-        return self._decode(self._prefill(own, cache), cache)
+        return self._decode(self._prefill(own, cache), cache, count)

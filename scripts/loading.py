@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Pipeline, pipeline
+from transformers import Pipeline, TorchAoConfig, pipeline
+from transformers.utils import is_torchao_available
 from transformers.utils import logging as transformers_logging
 
 
@@ -16,12 +17,16 @@ SETTINGS: dict[str, type] = {
     "entropy_bound": float, "temperature": float, "top_k": int, "top_p": float, "seed": int,
 }  # fmt: skip
 
+# Weights of linear layers in fewer bits (the head and the embeddings stay): names and torchao's configurations.
+QUANTIZATIONS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> None:
     """`--model`, `--device`, `--dtype` and the generate settings."""
     parser.add_argument("--model", help="directory or Hub id; by default the model embedded in the repository")
     parser.add_argument("--device", help="such as cuda:0; by default an accelerator if there is one")
     parser.add_argument("--dtype", default="auto", help="such as bfloat16; by default the checkpoint's")
+    parser.add_argument("--quantize", choices=tuple(QUANTIZATIONS), help="weight-only quantisation; needs torchao")
     for name, kind in SETTINGS.items():
         if name == "seed" and not seed:
             continue
@@ -45,7 +50,19 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")
     dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
-    return pipeline("region-captioning", model=model, trust_remote_code=True, device=options.device, dtype=dtype)
+    kwargs: dict[str, Any] = {"trust_remote_code": True, "device": options.device, "dtype": dtype}
+    if options.quantize:
+        kwargs["model_kwargs"] = {"quantization_config": quantization(options.quantize)}
+    return pipeline("region-captioning", model=model, **kwargs)
+
+
+def quantization(name: str) -> TorchAoConfig:
+    """What `from_pretrained(quantization_config=...)` takes, for one of `QUANTIZATIONS`."""
+    if not is_torchao_available():
+        raise ValueError(f"--quantize {name} needs torchao: pip install 'perceptiondlm[quantization]'")
+    from torchao import quantization as torchao
+
+    return TorchAoConfig(getattr(torchao, QUANTIZATIONS[name])())
 
 
 def torch_dtype(name: str) -> torch.dtype:

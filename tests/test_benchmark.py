@@ -16,6 +16,7 @@ from perceptiondlm.evaluation.efficiency import (
     make_inputs,
     released_layout,
 )
+from perceptiondlm.evaluation.measuring import timed
 from perceptiondlm.scripts.cli import main
 
 
@@ -81,25 +82,82 @@ def test_diffusion_systems_are_the_model(study):
     assert model.config.attention_layout == "isolated"
 
 
+def test_fewer_passes_are_the_first_ones(study):
+    """A run with one pass does the prefill and one step: what a pass costs is taken from the difference."""
+    inputs = make_inputs(study.model.config, 2, torch.device("cpu"))
+    for system in ("ar_one_by_one", "ar_shared_prefix", "ar_batch"):
+        assert torch.equal(study.run(system, inputs, passes=2), study.run(system, inputs)[:, :2])
+    settings = {"max_new_tokens": 6, "early_exit": False}
+    assert torch.equal(
+        study.run("cached", inputs, passes=1), study.model.generate(**inputs, steps=1, **settings).sequences
+    )
+
+
+def test_counted_arithmetic_is_that_of_the_matrix_products(study):
+    """The full recompute, by formula: vision tower, projector, and 6 passes of 8 tokens per region and the prompt."""
+    inputs = make_inputs(study.model.config, 2, torch.device("cpu"))
+    found = study.flops("full", inputs)
+    length = inputs["input_ids"].shape[1] + 2 * (1 + 6 + 1)
+    width, inner, layers, vocabulary = 48, 64, 2, 256
+    per_layer = 2 * length * (4 * width**2 + 3 * width * inner) + 4 * length**2 * width
+    passes = 6 * (layers * per_layer + 2 * length * width * vocabulary)
+    patches, depth, hidden = 16, 32, 48
+    tower = 7 * (2 * patches * 3 * 256 * depth)
+    tower += 7 * (2 * patches * (4 * depth**2 + 2 * depth * hidden) + 4 * patches**2 * depth)  # feature layer -2 of 2
+    projector = 7 * 2 * 4 * (4 * depth * width + width**2)
+    replay = 2 * 2 * 16 * 4 * width + 2 * 2 * 6 * width
+    assert found == pytest.approx(passes + tower + projector + replay, rel=1e-3)
+
+
 def test_command_reports_every_system(tiny_shape, tmp_path, capsys):
-    arguments = ["benchmark", "--shape", "small", "--device", "cpu", "--regions", "1", "3", "--rounds", "2"]
-    arguments += ["--fast-steps", "2", "--steps", "4", "--tokens", "4"]
-    assert main([*arguments, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
+    arguments = ["benchmark", "--shape", "small", "--device", "cpu", "--regions", "1", "4", "--rounds", "2"]
+    arguments += ["--fast-steps", "2", "--steps", "4", "--tokens", "4", "--at-a-time", "1", "2", "4"]
+    arguments += ["--plot", str(tmp_path / "b.png"), "--plot-groups", str(tmp_path / "groups.png")]
+    assert main([*arguments, "--json", str(tmp_path / "b.json")]) == 0
     result = json.loads((tmp_path / "b.json").read_text())
-    assert {(row["system"], row["regions"]) for row in result["rows"]} == {(s, n) for s in SYSTEMS for n in (1, 3)}
+    assert {(row["system"], row["regions"]) for row in result["rows"]} == {(s, n) for s in SYSTEMS for n in (1, 4)}
     assert all(row["fastest"] <= row["seconds"] <= row["slowest"] for row in result["rows"])
-    forwards = {row["system"]: row["tokens_per_forward"] for row in result["rows"] if row["regions"] == 3}
-    assert forwards["ar_batch"] == 3
-    assert forwards["ar_one_by_one"] == 1
-    assert forwards["fast"] == 6
-    assert Image.open(tmp_path / "b.png").size[0] > 500
-    assert "vs full" in capsys.readouterr().out
+    rows = {row["system"]: row for row in result["rows"] if row["regions"] == 4}
+    assert [rows[name]["tokens_per_forward"] for name in ("ar_batch", "ar_one_by_one", "fast")] == [4, 1, 8]
+    assert [rows[name]["passes"] for name in ("ar_batch", "ar_one_by_one", "full")] == [4, 16, 4]
+    assert all(row["bound_seconds"] <= row["seconds"] for row in result["rows"])
+    assert (
+        rows["fast_on_cached_image"]["flops"] < rows["fast"]["flops"] < rows["cached"]["flops"] < rows["full"]["flops"]
+    )
+    grouped = {(row["system"], row["at_a_time"]) for row in result["groups"]}
+    assert grouped == {(system, size) for system in ("full", "cached", "fast") for size in (1, 2, 4)}
+    assert all(Image.open(tmp_path / name).size[0] > 500 for name in ("b.png", "groups.png"))
+    printed = capsys.readouterr().out
+    assert "vs full" in printed
+    assert "speed-up" in printed
 
 
-def test_benchmark_refuses_no_regions(tmp_path, capsys):
-    arguments = ["benchmark", "--regions", "0", "--fast-steps", "2", "--json", str(tmp_path / "b.json")]
-    assert main(arguments) == 2
-    assert "--regions" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--regions", "0"], "--regions"),
+        (["--regions", "4", "--at-a-time", "3"], "--at-a-time must divide the largest of --regions, 4: got [3]"),
+        (["--plot-groups", "x.png"], "--plot-groups shows --at-a-time"),
+        (["--tokens", "1"], "at least 2"),
+        (["--dtype", "float33"], "--dtype"),
+    ],
+)
+def test_wrong_benchmark_arguments_are_refused(arguments, message, tmp_path, capsys):
+    json_path = tmp_path / "b.json"
+    assert main(["benchmark", "--fast-steps", "2", "--json", str(json_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not json_path.exists()
+
+
+def test_peak_memory_counts_what_a_run_takes_at_its_peak():
+    """An array of 64 MB, freed before the run ends, then one that was there before."""
+    device = torch.device("cpu")
+    _, peak = timed(lambda: torch.ones(16 * 2**20).sum(), device)
+    if peak is None:
+        pytest.skip("this system does not tell peak memory")
+    assert 60e6 < peak < 80e6
+    kept = torch.ones(16 * 2**20)
+    assert timed(kept.sum, device)[1] < 10e6
 
 
 def test_curves_hold_every_sampler(tiny_model, tiny_processor, monkeypatch, tmp_path):
