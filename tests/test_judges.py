@@ -238,6 +238,14 @@ def test_what_is_sent(tmp_path, monkeypatch):
     assert "secret" not in json.dumps(judge_report(judge)) + (tmp_path / "answers.jsonl").read_text()
 
 
+def test_another_model_or_setting_is_asked_anew(tmp_path):
+    with JudgeServer() as server:
+        for name, options in (("fake", {}), ("other", {}), ("fake", {"max_tokens": 5}), ("fake", {"concurrency": 1})):
+            judge = make_judge(f"openai:{name}", base_url=server.base_url, cache=tmp_path / "answers.jsonl", **options)
+            judge([_request()])
+    assert server.asked.total() == 3
+
+
 def test_azure(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="AZURE_OPENAI_ENDPOINT"):
         make_judge("azure:judge-1", cache=tmp_path / "answers.jsonl")
