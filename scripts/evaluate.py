@@ -12,7 +12,14 @@ from typing import Any
 from accelerate import PartialState
 
 from perceptiondlm.evaluation.benchmarks import HUB_IDS, Benchmark, load_benchmark
-from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog, check_captions, read_captions, write_json
+from perceptiondlm.evaluation.captions import (
+    CaptionedImage,
+    CaptionLog,
+    check_captions,
+    read_captions,
+    write_captions,
+    write_json,
+)
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.report import write_html, write_markdown
@@ -63,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     if options.dataset == "scenes" and not options.out and not options.captions:
         run_scenes(options)
         return
+    spec = options.judge or ("rules" if options.dataset == "scenes" else None)
+    judge = spec and load_judge(options, spec)  # first, so that a wrong name or a missing key costs nothing
     state = process_state()
     out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).name
     benchmark = open_benchmark(options, out, state)
@@ -75,14 +84,12 @@ def run(options: argparse.Namespace) -> None:
         captions, issues = check_captions(all_captions(images), region_ids)
     if not state.is_main_process:
         return
-    write_json(captions, out / "captions.json")
-    spec = options.judge or ("rules" if options.dataset == "scenes" else None)
-    if spec is None:
+    write_captions(captions, out / "captions.json")
+    if not judge:
         print(f"{len(captions)} captions: {out / 'captions.json'}; judge them with --captions and --judge")
         return
-    judge = load_judge(options, spec)
     show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
-    score = benchmark.score(captions, judge, show_image=show, allow_missing=bool(issues.missing), progress=True)
+    score = benchmark.score(captions, judge, show_image=show, allow_missing=options.allow_partial, progress=True)
     judging = {**judge_report(judge), "sees image and mask": show}
     results = Results(system_name(options), spec, benchmark.name, score, issues, judging=judging, **measured)
     write_reports(results, benchmark, out, options.json)

@@ -1,12 +1,12 @@
 """`perceptiondlm evaluate` from pictures to reports: killed and continued, in two processes, on captions of others."""
 
+import html
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -73,26 +73,29 @@ def test_captions_from_elsewhere_are_scored_without_a_model(finished, tmp_path, 
 
 def test_partial_captions_need_the_flag_and_are_marked_everywhere(finished, tmp_path, capsys):
     captions = json.loads((finished / "captions.json").read_text())
-    gone, blank = list(captions)[:2]
+    gone, blank, number = list(captions)[:3]
     partial = tmp_path / "partial.json"
-    partial.write_text(json.dumps({**{k: v for k, v in captions.items() if k != gone}, blank: "", "x_1": "a"}))
+    partial.write_text(
+        json.dumps({**{k: v for k, v in captions.items() if k != gone}, blank: "", number: 5, "x_1": "a"})
+    )
     out = tmp_path / "out"
     arguments = ["evaluate", "--dataset", str(finished / "benchmark"), "--judge", "rules", "--out", str(out)]
     assert main([*arguments, "--captions", str(partial)]) == 2
     assert gone in capsys.readouterr().err
     assert not out.exists()
     assert main([*arguments, "--captions", str(partial), "--allow-partial"]) == 0
-    mark = f"partial (partial: {len(captions) - 1} of {len(captions)} regions)"
+    mark = f"partial (partial: {len(captions) - 2} of {len(captions)} regions)"
     printed = capsys.readouterr().out
     page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
     for text in (printed, markdown, page):
         assert mark in text
+        assert f"captions that are not a string (1): {number!r}" in html.unescape(text)
         assert gone in text
         assert "x_1" in text
     assert "Partial" in markdown
     assert "Partial result" in page
     record = json.loads((out / "results.json").read_text())
-    assert record["score"]["missing"] == [gone]
+    assert record["score"]["missing"] == [gone, number]
     assert record["issues"]["unknown"] == ["x_1"]
     assert record["issues"]["empty"] == [blank]
 
@@ -158,14 +161,16 @@ def test_finished_images_are_not_captioned_again(benchmark, model, processor, tm
     ("arguments", "message"),
     [
         (["--dataset", "absent"], "absent"),
-        (["--dataset", "scenes", "--captions", "absent.json"], "absent.json"),
+        (["--dataset", "scenes", "--images", "1", "--captions", "absent.json"], "absent.json"),
         (["--dataset", "scenes", "--out", "out", "--images", "0"], "num_images"),
-        (["--captions", "captions.json", "--images", "1", "--judge", "tarot:1"], "judge 'tarot:1'"),
+        (["--dataset", "absent", "--judge", "tarot:1"], "judge 'tarot:1'"),
+        (["--dataset", "absent", "--judge", "openai:gpt-5.2"], "OPENAI_API_KEY"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_two(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("captions.json").write_text(json.dumps({f"1000-0_{index}": "a" for index in range(8)}))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert main(["evaluate", "--allow-partial", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
