@@ -292,15 +292,21 @@ def _read_answer(reply: requests.Response) -> Answer:
         raise JudgeError("the judge used up its max_tokens before it answered; raise max_tokens or turn thinking off")
     if not isinstance(text, str) or not without_thinking(text):
         raise _TryAgain(f"the reply holds no answer: {reply.text[:200]!r}")
-    usage = body.get("usage") or {}
-    return Answer(text, *(int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")))
+    return Answer(text, _tokens(body, "prompt_tokens"), _tokens(body, "completion_tokens"))
+
+
+def _tokens(body: Mapping[str, Any], name: str) -> int:
+    """A count of tokens, 0 where the endpoint does not tell."""
+    usage = body.get("usage")
+    count = usage.get(name) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) else 0
 
 
 def _error_of(reply: requests.Response) -> tuple[str | None, str]:
     """Code and message of an error reply; the message is its beginning where it is not in OpenAI's form."""
     try:
         error = reply.json()["error"]
-        return error.get("code") or error.get("type"), str(error.get("message"))[:300]
+        return str(error.get("code") or error.get("type")), str(error.get("message"))[:300]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None, reply.text[:300] or str(reply.reason)
 

@@ -269,7 +269,7 @@ def test_azure(tmp_path, monkeypatch):
     ],
 )
 def test_answers_are_read(tmp_path, message, finish_reason, expected):
-    body = {"choices": [{"message": message, "finish_reason": finish_reason}]}
+    body = {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": {"prompt_tokens": "many"}}
     with JudgeServer(stop_after=0, stop_reply=(200, body)) as server:
         assert _judge(server, tmp_path)([_request()]) == [expected]
 
