@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: OpenAI, Azure, vLLM and others."""
 
 import email.utils
+import logging
 import os
 import random
 import threading
@@ -22,7 +23,10 @@ OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"
 RETRIED_STATUSES = frozenset({408, 409, 429})  # and all of 5xx
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+QUIET_ATTEMPTS = 3  # failures of one question before they are worth a warning
 LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more is given up
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ class OpenAIJudge(ChatJudge):
                 return self._send(prompt)
             except _TryAgain as error:
                 failure = error
+                level = logging.INFO if attempt < QUIET_ATTEMPTS else logging.WARNING
+                logger.log(level, "attempt %d about region %r: %s", attempt + 1, prompt.region_id, error)
                 self._pace.hold(error.retry_after)
         raise JudgeError(
             f"no answer about region {prompt.region_id!r} from {self.endpoint.url} after {self.max_attempts} attempts, "

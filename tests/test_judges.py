@@ -285,11 +285,16 @@ def test_an_answer_cut_off_before_it_began_says_so(tmp_path, content):
     assert _num_answers(tmp_path) == 0
 
 
-def test_nobody_listens(tmp_path):
+def test_nobody_listens(tmp_path, caplog):
     with JudgeServer() as server:
         pass
-    with pytest.raises(JudgeError, match=r"after 2 attempts, the last: ConnectionError.*0 answers are kept"):
-        _judge(server, tmp_path, max_attempts=2)([_request()])
+    with pytest.raises(JudgeError, match=r"after 5 attempts, the last: ConnectionError.*0 answers are kept"):
+        _judge(server, tmp_path, max_attempts=5)([_request()])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(":")[0] for message in warned if "region '1_0'" in message] == [
+        "attempt 4 about region '1_0'",
+        "attempt 5 about region '1_0'",
+    ]
 
 
 def test_costs(tmp_path):
