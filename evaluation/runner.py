@@ -70,6 +70,13 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def require_pictures(benchmark: Benchmark) -> None:
+    """Raise FileNotFoundError, before any work, where picture files of a benchmark are missing."""
+    missing = [str(image.path) for image in benchmark.images if not image.path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(benchmark.images)} pictures are missing, such as {missing[0]}")
+
+
 @torch.inference_mode()
 def caption_benchmark(
     model,

@@ -24,7 +24,14 @@ from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.report import write_html, write_markdown
 from perceptiondlm.evaluation.run_results import Results, beside_table_2
-from perceptiondlm.evaluation.runner import all_captions, caption_benchmark, model_identity, process_state, speed
+from perceptiondlm.evaluation.runner import (
+    all_captions,
+    caption_benchmark,
+    model_identity,
+    process_state,
+    require_pictures,
+    speed,
+)
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 from perceptiondlm.scripts.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
@@ -71,7 +78,9 @@ def run(options: argparse.Namespace) -> None:
         run_scenes(options)
         return
     spec = options.judge or ("rules" if options.dataset == "scenes" else None)
-    judge = spec and load_judge(options, spec)  # first, so that a wrong name or a missing key costs nothing
+    judge = (
+        None if spec is None else load_judge(options, spec)
+    )  # first, so that a wrong name or a missing key costs nothing
     state = process_state()
     out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).name
     benchmark = open_benchmark(options, out, state)
@@ -85,10 +94,12 @@ def run(options: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     write_captions(captions, out / "captions.json")
-    if not judge:
+    if spec is None or judge is None:
         print(f"{len(captions)} captions: {out / 'captions.json'}; judge them with --captions and --judge")
         return
     show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
+    if show:
+        require_pictures(benchmark)
     score = benchmark.score(captions, judge, show_image=show, allow_missing=options.allow_partial, progress=True)
     judging = {**judge_report(judge), "sees image and mask": show}
     results = Results(system_name(options), spec, benchmark.name, score, issues, judging=judging, **measured)
@@ -122,6 +133,7 @@ def caption(
     options: argparse.Namespace, benchmark: Benchmark, out: Path, state: PartialState
 ) -> tuple[dict[str, CaptionedImage], dict[str, Any]]:
     """Caption the benchmark; returns the images, and what the results say about speed, settings and environment."""
+    require_pictures(benchmark)
     if state.num_processes > 1 and options.device is None:
         options.device = str(state.device)
     settings = caption_settings(options)

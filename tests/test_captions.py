@@ -121,7 +121,7 @@ def test_another_run_does_not_continue_the_log(tmp_path):
     settings = {"model": "a", "steps": 32, "weights": [["w", 1, 2]]}
     CaptionLog(tmp_path).check_settings(settings)
     CaptionLog(tmp_path).check_settings(dict(reversed(settings.items())))
-    with pytest.raises(ValueError, match="steps was 32, is 16.*choose another --out"):
+    with pytest.raises(ValueError, match=r"steps was 32, is 16.*choose another --out"):
         CaptionLog(tmp_path).check_settings({**settings, "steps": 16})
     with pytest.raises(ValueError, match="sampler was None, is 'margin'"):
         CaptionLog(tmp_path).check_settings({**settings, "sampler": "margin"})

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,19 @@ def test_two_processes_share_the_images(finished, tmp_path):
     counts = [(tmp_path / f"captions.{process}.jsonl").read_bytes().count(b"\n") for process in (0, 1)]
     assert counts == [2, 1]
     assert (tmp_path / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+
+
+def test_missing_pictures_are_noticed_before_any_work(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished / "benchmark", folder)
+    (folder / "images" / "77-1.png").unlink()
+    monkeypatch.setattr("perceptiondlm.scripts.evaluate.load_pipeline", None)  # would fail if called
+    arguments = ["evaluate", "--dataset", str(folder), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "1 of 3 pictures are missing, such as" in capsys.readouterr().err
+    seeing = [*arguments, "--captions", str(finished / "captions.json"), "--judge", "rules", "--show-image"]
+    assert main(seeing) == 2
+    assert "77-1.png" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_continue_a_run(finished, capsys):

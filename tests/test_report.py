@@ -174,4 +174,4 @@ def test_markdown_shows_scores_intervals_and_what_was_amiss(results, tmp_path):
     low, high = results.score.intervals["average"]
     assert f"| average | {results.score.average:.1f} | {low:.1f} to {high:.1f} |" in text
     assert "- empty captions (1)" in text
-    assert "| &lt;b&gt;mine&lt;/b&gt; (ours) |" in text
+    assert "| &lt;b&gt;mine&lt;/b&gt; (measured here) |" in text
