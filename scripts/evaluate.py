@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-partial", action="store_true", help="score a captions file that lacks regions")
     parser.add_argument("--name", help="of the system in reports; by default the model's or the file's")
-    parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")
+    parser.add_argument("--question", help="asked instead of 'Describe each masked region in detail.'")
+    parser.add_argument(
+        "--max-regions-per-pass", type=int, help="split the regions of an image into passes; for dlc 1, as published"
+    )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
     add_judge_arguments(parser, f"{JUDGES}; without it a benchmark is captioned only")
@@ -137,6 +140,8 @@ def caption(
     if state.num_processes > 1 and options.device is None:
         options.device = str(state.device)
     settings = caption_settings(options)
+    if benchmark.protocol == "dlc":
+        settings.setdefault("max_regions_per_pass", 1)
     log = CaptionLog(out, state.process_index)
     model = model_identity(options.model or str(REPOSITORY))
     made_with = {"dataset": benchmark.name, **model, "dtype": options.dtype, **settings}
@@ -150,10 +155,9 @@ def caption(
 
 def caption_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `runner.caption_image` that were given."""
-    settings = generate_settings(options, leave_out=("seed",))
-    if options.max_regions_per_pass is not None:
-        settings["max_regions_per_pass"] = options.max_regions_per_pass
-    return settings
+    given = {"question": options.question, "max_regions_per_pass": options.max_regions_per_pass}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return {**settings, **generate_settings(options, leave_out=("seed",))}
 
 
 def system_name(options: argparse.Namespace) -> str:

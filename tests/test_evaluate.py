@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from perceptiondlm.evaluation import runner
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.captions import CaptionLog
 from perceptiondlm.evaluation.run_results import read_results
@@ -169,6 +170,45 @@ def test_finished_images_are_not_captioned_again(benchmark, model, processor, tm
     slots = sum(len(image.captions) * 32 for image in first.values())
     assert sum(image.num_slots for image in first.values()) == slots
     assert figures["tokens_per_forward"] == pytest.approx(slots / 2 / 3)
+
+
+def as_dlc(drawn, folder):
+    """The same regions in the form of DLC-Bench: COCO annotations, whose ids are the regions' ids."""
+    images, annotations, names, questions = [], [], {}, {}
+    entries = json.loads((drawn / "annotations.json").read_text())
+    classes, asked = (json.loads((drawn / f"{name}.json").read_text()) for name in ("class_names", "qa"))
+    for number, entry in enumerate(entries):
+        images.append({"id": number, **{key: entry[key] for key in ("file_name", "height", "width")}})
+        for region in entry["annotations"]:
+            key, id_ = f"{entry['image_id']}_{region['index']}", 1000 + len(annotations)
+            annotations.append({"id": id_, "image_id": number, "segmentation": region["mask_rle"]})
+            names[str(id_)], questions[str(id_)] = classes[key], asked[key]
+    coco = {"images": images, "annotations": annotations}
+    for name, content in (("annotations", coco), ("class_names", names), ("qa", questions)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    shutil.copytree(drawn / "images", folder / "images")
+
+
+def test_dlc_is_captioned_region_by_region_under_its_annotations_ids(finished, tmp_path, monkeypatch):
+    as_dlc(finished / "benchmark", tmp_path)
+    rows = []
+    captioned = runner.caption_image
+
+    def spy(model, processor, image_id, image, masks, **settings):
+        rows.append((len(masks), settings["max_regions_per_pass"], settings["question"]))
+        return captioned(model, processor, image_id, image, masks, **settings)
+
+    monkeypatch.setattr(runner, "caption_image", spy)
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--dataset", str(tmp_path), "--steps", "4", "--judge", "rules", "--out", str(out)]
+    question = "Describe each masked region in detail."  # the default, so that the captions are those of the other run
+    assert main([*arguments, "--question", question]) == 0
+    assert [row[1:] for row in rows] == [(1, question)] * 3
+    assert max(count for count, *_ in rows) > 1
+    captions = json.loads((out / "captions.json").read_text())
+    assert list(captions) == [str(1000 + index) for index in range(len(captions))]
+    assert list(captions.values()) == list(json.loads((finished / "captions.json").read_text()).values())
+    assert read_results(out / "results.json").score.num_images == 3
 
 
 @pytest.mark.parametrize(
