@@ -65,7 +65,9 @@ def test_the_run_scores_as_the_report_without_a_folder_does(finished, tmp_path):
 def test_captions_from_elsewhere_are_scored_without_a_model(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("perceptiondlm.scripts.evaluate.load_pipeline", None)  # would fail if called
     arguments = ["evaluate", "--dataset", str(finished / "benchmark"), "--judge", "rules", "--name", "theirs"]
-    assert main([*arguments, "--captions", str(finished / "captions.json"), "--out", str(tmp_path)]) == 0
+    arguments += ["--captions", str(finished / "captions.json"), "--out", str(tmp_path)]
+    assert main([*arguments, "--json", str(tmp_path / "copy.json")]) == 0
+    assert (tmp_path / "copy.json").read_bytes() == (tmp_path / "results.json").read_bytes()
     ours, theirs = read_results(finished / "results.json"), read_results(tmp_path / "results.json")
     assert theirs.score == ours.score
     assert theirs.system == "theirs"
