@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         None if spec is None else load_judge(options, spec)
     )  # first, so that a wrong name or a missing key costs nothing
     state = process_state()
-    out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).name
+    out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).resolve().name
     benchmark = open_benchmark(options, out, state)
     region_ids = [region.region_id for region in benchmark.regions]
     measured: dict[str, Any] = {}
@@ -164,7 +164,9 @@ def system_name(options: argparse.Namespace) -> str:
     """What the reports call the system."""
     if options.name or options.captions:
         return options.name or options.captions.stem
-    return Path(options.model).name or options.model if options.model else "embedded model"
+    if not options.model:
+        return "embedded model"
+    return Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
 
 
 def write_reports(results: Results, benchmark: Benchmark, out: Path, copy: Path | None) -> None:

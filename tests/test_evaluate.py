@@ -104,11 +104,12 @@ def test_partial_captions_need_the_flag_and_are_marked_everywhere(finished, tmp_
     assert record["issues"]["empty"] == [blank]
 
 
-def test_without_a_judge_a_benchmark_is_captioned_only(finished, tmp_path, capsys):
-    arguments = ["evaluate", "--dataset", str(finished / "benchmark"), "--steps", "4", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    assert (tmp_path / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
-    assert not (tmp_path / "results.json").exists()
+def test_without_a_judge_a_benchmark_is_captioned_only(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--dataset", str(finished / "benchmark"), "--steps", "4"]) == 0
+    out = tmp_path / "outputs" / "evaluate" / "benchmark"  # where no --out says otherwise
+    assert (out / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+    assert not (out / "results.json").exists()
     assert "--captions and --judge" in capsys.readouterr().out
 
 
