@@ -21,7 +21,7 @@ IGNORED = ("do_sample", "num_beams", "top_p", "top_k", "image_aspect_ratio", "un
 
 @dataclass(frozen=True)
 class GeneralBenchmark:
-    """One of the sixteen: its row in Table 1, lmms-eval's task and metric, and how answers are decoded.
+    """One of the sixteen: its row in Table 1, lmms-eval's task and metrics (several are averaged), how it is decoded.
 
     `pattern` matches the names of further tasks that are decoded like it (a group's members, other prompts).
     """
@@ -50,7 +50,7 @@ BENCHMARKS = (
     GeneralBenchmark("BLINK", "blink", "blink_acc", LETTER, "blink_*"),
     GeneralBenchmark("RealWorldQA", "realworldqa", "exact_match", LETTER, "realworldqa"),
     GeneralBenchmark("CV-Bench-2D", "cv_bench_2d", "cv_bench_acc", LETTER, "cv_bench_*"),
-    GeneralBenchmark("HallusionBench", "hallusion_bench_image", "aAcc", LETTER, "hallusion_bench_*"),
+    GeneralBenchmark("HallusionBench", "hallusion_bench_image", "aAcc, qAcc, fAcc", LETTER, "hallusion_bench_*"),
     GeneralBenchmark("V*", "vstar_bench", "vstar_overall_acc", LETTER, "vstar_bench_*"),
 )
 

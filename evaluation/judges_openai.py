@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: OpenAI, Azure, vLLM and others."""
 
 import email.utils
+import logging
 import os
 import random
 import threading
@@ -22,7 +23,10 @@ OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"
 RETRIED_STATUSES = frozenset({408, 409, 429})  # and all of 5xx
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+QUIET_ATTEMPTS = 3  # failures of one question before they are worth a warning
 LONGEST_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more is given up
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ class OpenAIJudge(ChatJudge):
                 return self._send(prompt)
             except _TryAgain as error:
                 failure = error
+                level = logging.INFO if attempt < QUIET_ATTEMPTS else logging.WARNING
+                logger.log(level, "attempt %d about region %r: %s", attempt + 1, prompt.region_id, error)
                 self._pace.hold(error.retry_after)
         raise JudgeError(
             f"no answer about region {prompt.region_id!r} from {self.endpoint.url} after {self.max_attempts} attempts, "
@@ -292,15 +298,21 @@ def _read_answer(reply: requests.Response) -> Answer:
         raise JudgeError("the judge used up its max_tokens before it answered; raise max_tokens or turn thinking off")
     if not isinstance(text, str) or not without_thinking(text):
         raise _TryAgain(f"the reply holds no answer: {reply.text[:200]!r}")
-    usage = body.get("usage") or {}
-    return Answer(text, *(int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")))
+    return Answer(text, _tokens(body, "prompt_tokens"), _tokens(body, "completion_tokens"))
+
+
+def _tokens(body: Mapping[str, Any], name: str) -> int:
+    """A count of tokens, 0 where the endpoint does not tell."""
+    usage = body.get("usage")
+    count = usage.get(name) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) else 0
 
 
 def _error_of(reply: requests.Response) -> tuple[str | None, str]:
     """Code and message of an error reply; the message is its beginning where it is not in OpenAI's form."""
     try:
         error = reply.json()["error"]
-        return error.get("code") or error.get("type"), str(error.get("message"))[:300]
+        return str(error.get("code") or error.get("type")), str(error.get("message"))[:300]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None, reply.text[:300] or str(reply.reason)
 

@@ -55,7 +55,7 @@ class PerceptionDLM(lmms):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.settings = {name: value for name, value in settings.items() if name in SETTINGS and value is not None}
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)

@@ -71,12 +71,12 @@ def _escaped(cell: str) -> str:
 
 
 def beside_paper(number: int, ours: Mapping[str, Mapping[str, Cell]]) -> str:
-    """Table `number` as Markdown, the paper's rows first and ours, by name, below.
+    """Table `number` as Markdown, the paper's rows first, and below them what was measured here.
 
     Args:
         ours: values by column for every row of ours.
     """
     table = paper_table(number)
     rows = [[name, *map(cell_text, cells)] for name, cells in table.rows.items()]
-    rows += [[f"{name} (ours)", *map(cell_text, table.cells(values))] for name, values in ours.items()]
+    rows += [[f"{name} (measured here)", *map(cell_text, table.cells(values))] for name, values in ours.items()]
     return f"Table {number} of the paper: {table.title}\n\n" + markdown_table(["", *table.columns], rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
+from PIL import Image, ImageOps
 
 from perceptiondlm.evaluation.benchmarks import Benchmark, BenchmarkImage
 from perceptiondlm.evaluation.paper_tables import cell_text, markdown_table, paper_table
@@ -122,16 +122,15 @@ def _images(benchmark: Benchmark, regions: Mapping[str, RegionScore]) -> Iterato
 
 def _picture(image: BenchmarkImage, shown: set[str]) -> str:
     """The image with its numbered regions as a data URL."""
-    picture = image.open()
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    masks = [_shrunk(region.mask(), picture.size) for region in image.regions if region.region_id in shown]
+    picture = ImageOps.contain(image.open(), (PICTURE_SIDE, PICTURE_SIDE))
+    masks = [_resized(region.mask(), picture.size) for region in image.regions if region.region_id in shown]
     buffer = io.BytesIO()
     number_regions(picture, masks).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask at a smaller size (width, height); a tiny one keeps at least a pixel."""
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask at another size (width, height); a tiny one keeps at least a pixel."""
     share = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX))
     return share >= min(0.5, share.max())
 

@@ -35,6 +35,7 @@ def caption_image(
     image_id: str,
     image: Image.Image,
     masks: Mapping[str, np.ndarray],
+    question: str | None = None,
     max_regions_per_pass: int | None = None,
     **generate_kwargs: Any,
 ) -> CaptionedImage:
@@ -42,11 +43,13 @@ def caption_image(
 
     Args:
         masks: (H, W) bool mask by region id.
+        question: asked instead of the processor's `region_question`.
         max_regions_per_pass: splits the regions into passes; by default as the processor does.
         generate_kwargs: settings of `generate`.
     """
     start = time.perf_counter()
-    inputs = processor(images=image, masks=list(masks.values()), max_regions_per_pass=max_regions_per_pass)
+    regions = list(masks.values())
+    inputs = processor(images=image, text=question, masks=regions, max_regions_per_pass=max_regions_per_pass)
     inputs = inputs.to(model.device)
     _synchronize(model.device)
     generating = time.perf_counter()
@@ -70,6 +73,13 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def require_pictures(benchmark: Benchmark) -> None:
+    """Raise FileNotFoundError, before any work, where picture files of a benchmark are missing."""
+    missing = [str(image.path) for image in benchmark.images if not image.path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(benchmark.images)} pictures are missing, such as {missing[0]}")
+
+
 @torch.inference_mode()
 def caption_benchmark(
     model,
@@ -85,7 +95,7 @@ def caption_benchmark(
     Args:
         log: where finished images are read from and added to.
         state: see `process_state`.
-        settings: `max_regions_per_pass`, and settings of `generate`.
+        settings: `question`, `max_regions_per_pass`, and settings of `generate`.
     Returns:
         all images captioned by now, by any process, in the benchmark's order.
     """

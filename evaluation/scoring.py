@@ -226,16 +226,7 @@ def score_captions(
             raise TypeError(f"the caption of region {region_id!r} is a {kind}, not a string")
         if crops is not None and region_id not in crops:
             raise ValueError(f"region {region_id!r} has a caption but no crop")
-
-    pending = [(region_id, index) for region_id, asked in plan.items() for index in range(len(asked))]
-    answers: dict[str, list[str]] = {region_id: [] for region_id in plan}
-    with tqdm(total=len(pending), desc="judging", unit="question", disable=not progress) as bar:
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            requests = _requests(batch, plan, captions, crops)
-            for request, answer in zip(requests, _ask(judge, requests), strict=True):
-                answers[request.region_id].append(answer)
-            bar.update(len(batch))
+    answers = _judged(plan, captions, crops, judge, batch_size, progress)
     return _score(plan, answers, captions, image_ids, missing)
 
 
@@ -349,6 +340,27 @@ def _plan(
     if not plan:
         raise ValueError(f"nothing to score: none of the {len(questions)} regions has a question")
     return plan
+
+
+def _judged(
+    plan: Mapping[str, Sequence[Question]],
+    captions: Mapping[str, str],
+    crops: Mapping[str, Crop] | None,
+    judge: Judge,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, list[str]]:
+    """The judge's answers per region, in the order of its questions (step 1)."""
+    pending = [(region_id, index) for region_id, asked in plan.items() for index in range(len(asked))]
+    answers: dict[str, list[str]] = {region_id: [] for region_id in plan}
+    with tqdm(total=len(pending), desc="judging", unit="question", disable=not progress) as bar:
+        for start in range(0, len(pending), batch_size):
+            batch = pending[start : start + batch_size]
+            requests = _requests(batch, plan, captions, crops)
+            for request, answer in zip(requests, _ask(judge, requests), strict=True):
+                answers[request.region_id].append(answer)
+            bar.update(len(batch))
+    return answers
 
 
 def _requests(

@@ -10,13 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 RIGHT, WRONG = "CORRECT", "INCORRECT"
 _TASK = re.compile(r"samples_(.+)\.jsonl$")
 
 
+@runtime_checkable
 class TextJudge(Protocol):
     """Answers free prompts, such as `judges_chat.ChatJudge`."""
 

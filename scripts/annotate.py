@@ -31,27 +31,27 @@ def annotate(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> 
     """
     if len(masks) != len(captions):
         raise ValueError(f"{len(masks)} masks need {len(masks)} captions, got {len(captions)}")
-    picture = number_regions(image, masks)
+    scale = max(1.0, MIN_SIDE / min(image.size))
+    size = (round(image.width * scale), round(image.height * scale))
+    large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    picture = number_regions(image.resize(size, Image.Resampling.LANCZOS), large)
     return _beside(picture, _legend(captions, picture.height, _font(picture)))
 
 
-def number_regions(image: Image.Image, masks: Sequence[np.ndarray] | np.ndarray) -> Image.Image:
-    """The image with its regions tinted, outlined and numbered from 1; a small image is enlarged.
+def number_regions(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
+    """The image with its regions tinted, outlined and numbered from 1.
 
     Args:
         image: RGB.
         masks: N masks (H, W) bool, at the image's size, none empty.
     """
-    scale = max(1.0, MIN_SIDE / min(image.size))
-    size = (round(image.width * scale), round(image.height * scale))
-    canvas = np.asarray(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+    canvas = np.array(image, dtype=np.float32)
     places = []
     for index, mask in enumerate(masks):
         color = np.array(PALETTE[index % len(PALETTE)], np.float32)
-        large = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        canvas[large] = 0.75 * canvas[large] + 0.25 * color
-        canvas[_outline(large, max(1, min(size) // 240))] = color
-        places.append(_center(large))
+        canvas[mask] = 0.75 * canvas[mask] + 0.25 * color
+        canvas[_outline(mask, max(1, min(image.size) // 240))] = color
+        places.append(_center(mask))
     picture = Image.fromarray(canvas.round().astype(np.uint8))
     font, draw = _font(picture), ImageDraw.Draw(picture)
     for index, place in enumerate(places):

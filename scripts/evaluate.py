@@ -12,12 +12,26 @@ from typing import Any
 from accelerate import PartialState
 
 from perceptiondlm.evaluation.benchmarks import HUB_IDS, Benchmark, load_benchmark
-from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog, check_captions, read_captions, write_json
+from perceptiondlm.evaluation.captions import (
+    CaptionedImage,
+    CaptionLog,
+    check_captions,
+    read_captions,
+    write_captions,
+    write_json,
+)
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.report import write_html, write_markdown
 from perceptiondlm.evaluation.run_results import Results, beside_table_2
-from perceptiondlm.evaluation.runner import all_captions, caption_benchmark, model_identity, process_state, speed
+from perceptiondlm.evaluation.runner import (
+    all_captions,
+    caption_benchmark,
+    model_identity,
+    process_state,
+    require_pictures,
+    speed,
+)
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 from perceptiondlm.scripts.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
@@ -44,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-partial", action="store_true", help="score a captions file that lacks regions")
     parser.add_argument("--name", help="of the system in reports; by default the model's or the file's")
-    parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")
+    parser.add_argument("--question", help="asked instead of 'Describe each masked region in detail.'")
+    parser.add_argument(
+        "--max-regions-per-pass", type=int, help="split the regions of an image into passes; for dlc 1, as published"
+    )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
     add_judge_arguments(parser, f"{JUDGES}; without it a benchmark is captioned only")
@@ -63,8 +80,12 @@ def run(options: argparse.Namespace) -> None:
     if options.dataset == "scenes" and not options.out and not options.captions:
         run_scenes(options)
         return
+    spec = options.judge or ("rules" if options.dataset == "scenes" else None)
+    judge = (
+        None if spec is None else load_judge(options, spec)
+    )  # first, so that a wrong name or a missing key costs nothing
     state = process_state()
-    out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).name
+    out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).resolve().name
     benchmark = open_benchmark(options, out, state)
     region_ids = [region.region_id for region in benchmark.regions]
     measured: dict[str, Any] = {}
@@ -75,14 +96,14 @@ def run(options: argparse.Namespace) -> None:
         captions, issues = check_captions(all_captions(images), region_ids)
     if not state.is_main_process:
         return
-    write_json(captions, out / "captions.json")
-    spec = options.judge or ("rules" if options.dataset == "scenes" else None)
-    if spec is None:
+    write_captions(captions, out / "captions.json")
+    if spec is None or judge is None:
         print(f"{len(captions)} captions: {out / 'captions.json'}; judge them with --captions and --judge")
         return
-    judge = load_judge(options, spec)
     show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
-    score = benchmark.score(captions, judge, show_image=show, allow_missing=bool(issues.missing), progress=True)
+    if show:
+        require_pictures(benchmark)
+    score = benchmark.score(captions, judge, show_image=show, allow_missing=options.allow_partial, progress=True)
     judging = {**judge_report(judge), "sees image and mask": show}
     results = Results(system_name(options), spec, benchmark.name, score, issues, judging=judging, **measured)
     write_reports(results, benchmark, out, options.json)
@@ -115,9 +136,12 @@ def caption(
     options: argparse.Namespace, benchmark: Benchmark, out: Path, state: PartialState
 ) -> tuple[dict[str, CaptionedImage], dict[str, Any]]:
     """Caption the benchmark; returns the images, and what the results say about speed, settings and environment."""
+    require_pictures(benchmark)
     if state.num_processes > 1 and options.device is None:
         options.device = str(state.device)
     settings = caption_settings(options)
+    if benchmark.protocol == "dlc":
+        settings.setdefault("max_regions_per_pass", 1)
     log = CaptionLog(out, state.process_index)
     model = model_identity(options.model or str(REPOSITORY))
     made_with = {"dataset": benchmark.name, **model, "dtype": options.dtype, **settings}
@@ -131,17 +155,18 @@ def caption(
 
 def caption_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `runner.caption_image` that were given."""
-    settings = generate_settings(options, leave_out=("seed",))
-    if options.max_regions_per_pass is not None:
-        settings["max_regions_per_pass"] = options.max_regions_per_pass
-    return settings
+    given = {"question": options.question, "max_regions_per_pass": options.max_regions_per_pass}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return {**settings, **generate_settings(options, leave_out=("seed",))}
 
 
 def system_name(options: argparse.Namespace) -> str:
     """What the reports call the system."""
     if options.name or options.captions:
         return options.name or options.captions.stem
-    return Path(options.model).name or options.model if options.model else "embedded model"
+    if not options.model:
+        return "embedded model"
+    return Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
 
 
 def write_reports(results: Results, benchmark: Benchmark, out: Path, copy: Path | None) -> None:

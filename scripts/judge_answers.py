@@ -10,7 +10,13 @@ from perceptiondlm.evaluation.captions import write_json
 from perceptiondlm.evaluation.general_benchmarks import find_benchmark
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.paper_tables import cell_text, markdown_table, paper_table
-from perceptiondlm.evaluation.strict_answers import judge_answers, read_samples, strict_report, task_of_log
+from perceptiondlm.evaluation.strict_answers import (
+    TextJudge,
+    judge_answers,
+    read_samples,
+    strict_report,
+    task_of_log,
+)
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
 
@@ -27,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--judge is missing: openai:MODEL, azure:DEPLOYMENT or transformers:PATH")
     logs = {path: (task_of_log(path), read_samples(path)) for path in options.logs}
     judge = load_judge(options, options.judge)
-    if not hasattr(judge, "answer_texts"):
+    if not isinstance(judge, TextJudge):
         raise ValueError(f"judge {options.judge} answers only questions about captions")
     paper, rows, reports = paper_table(1), [], []
     for task, samples in logs.values():

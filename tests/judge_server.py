@@ -13,6 +13,20 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+WRONG_CONTENTS = (
+    b"",
+    b"[]",
+    b"null",
+    b"<html>ok</html>",
+    b"\xff\xfe",
+    b'{"choices": []}',
+    b'{"choices": [["message"]]}',
+    b'{"choices": [{"message": "A"}]}',
+    b'{"choices": [{"message": {"content": 1}}]}',
+    b'{"error": {"message": "overloaded"}}',
+)
+
+
 def right_answer(text: str) -> str:
     """What the judge says to a prompt: a letter that depends on nothing but the prompt."""
     return "AB"[hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2]
@@ -23,8 +37,8 @@ class JudgeServer:
 
     Args:
         latency: seconds before a reply.
-        failure_rate: share of requests that fail, in one of the ways of `FAILURES` at random.
-        failures: names of those ways.
+        failure_rate: share of requests that fail.
+        failures: the ways in which they fail, at random: names of methods of `_Handler`.
         stop_after: after so many answers, every request gets `stop_reply`.
         stop_reply: status and JSON body.
     """
@@ -84,7 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         judge = self.judge
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if len(data) < int(self.headers["Content-Length"]):
+            raise ConnectionAbortedError("the client was killed while it asked")
+        body = json.loads(data)
         content = body["messages"][0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
         with judge.lock:
@@ -139,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def wrong_content(self):
         with self.judge.lock:
-            wrong = self.judge.dice.choice([b"[]", b"null", b"<html>ok</html>", b'{"choices": []}', b"\xff\xfe"])
+            wrong = self.judge.dice.choice(WRONG_CONTENTS)
         self.reply(200, wrong)
 
     def empty_answer(self):

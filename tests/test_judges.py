@@ -238,6 +238,14 @@ def test_what_is_sent(tmp_path, monkeypatch):
     assert "secret" not in json.dumps(judge_report(judge)) + (tmp_path / "answers.jsonl").read_text()
 
 
+def test_another_model_or_setting_is_asked_anew(tmp_path):
+    with JudgeServer() as server:
+        for name, options in (("fake", {}), ("other", {}), ("fake", {"max_tokens": 5}), ("fake", {"concurrency": 1})):
+            judge = make_judge(f"openai:{name}", base_url=server.base_url, cache=tmp_path / "answers.jsonl", **options)
+            judge([_request()])
+    assert server.asked.total() == 3
+
+
 def test_azure(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="AZURE_OPENAI_ENDPOINT"):
         make_judge("azure:judge-1", cache=tmp_path / "answers.jsonl")
@@ -261,7 +269,7 @@ def test_azure(tmp_path, monkeypatch):
     ],
 )
 def test_answers_are_read(tmp_path, message, finish_reason, expected):
-    body = {"choices": [{"message": message, "finish_reason": finish_reason}]}
+    body = {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": {"prompt_tokens": "many"}}
     with JudgeServer(stop_after=0, stop_reply=(200, body)) as server:
         assert _judge(server, tmp_path)([_request()]) == [expected]
 
@@ -277,11 +285,16 @@ def test_an_answer_cut_off_before_it_began_says_so(tmp_path, content):
     assert _num_answers(tmp_path) == 0
 
 
-def test_nobody_listens(tmp_path):
+def test_nobody_listens(tmp_path, caplog):
     with JudgeServer() as server:
         pass
-    with pytest.raises(JudgeError, match=r"after 2 attempts, the last: ConnectionError.*0 answers are kept"):
-        _judge(server, tmp_path, max_attempts=2)([_request()])
+    with pytest.raises(JudgeError, match=r"after 5 attempts, the last: ConnectionError.*0 answers are kept"):
+        _judge(server, tmp_path, max_attempts=5)([_request()])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(":")[0] for message in warned if "region '1_0'" in message] == [
+        "attempt 4 about region '1_0'",
+        "attempt 5 about region '1_0'",
+    ]
 
 
 def test_costs(tmp_path):

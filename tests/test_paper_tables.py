@@ -45,7 +45,7 @@ def test_our_rows_stand_below_with_empty_cells_where_nothing_was_measured():
     text = beside_paper(2, {"mine": {"Pos": 50.04, "Time (s)": 12.0}})
     lines = text.splitlines()
     assert "| PerceptionDLM 8B | 42.3 | 82.4 | 62.4 | 2.9 | 276 | 33.4 | 72.8 | 53.1 |" in lines
-    assert lines[-1] == "| mine (ours) | 50.0 |  |  |  | 12.0 |  |  |  |"
+    assert lines[-1] == "| mine (measured here) | 50.0 |  |  |  | 12.0 |  |  |  |"
     with pytest.raises(ValueError, match=r"Table 7 has no columns \['TPF'\]"):
         beside_paper(7, {"mine": {"TPF": 3.0}})
     with pytest.raises(ValueError, match="Tables 1 to 12, not 13"):

@@ -86,6 +86,20 @@ def test_of_equal_choices_the_first_counts():
 
 
 @pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("it is red, not blue", 2),
+        ("it is red, not blue, but red", 2),  # first occurrences count
+        ("it is dark blue", 2),
+        ("it is a red roof", 1),  # begins where "red" does, and is longer
+        ("not blue: a red roof", 1),
+    ],
+)
+def test_of_several_choices_the_last_to_begin_counts_then_the_longest(answer, choice):
+    assert match_answer(answer, [["red", 1], ["red roof", 0], ["blue", -1], ["dark blue", 0.5]]) == choice
+
+
+@pytest.mark.parametrize(
     ("class_name", "plural"),
     [("street lights", True), ("Scissors", True), ("people", True), ("sheep", True), ("Bus", False),
      ("wine glass", False), ("glasses", True), ("tie", False), ("bus stop", False)],
