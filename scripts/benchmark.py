@@ -138,7 +138,7 @@ def measure(study: Study, count: int, options: argparse.Namespace, device, devic
 
 def measure_groups(study: Study, count: int, options: argparse.Namespace, device) -> list[dict[str, Any]]:
     """Seconds for all regions of an image, K at a time, the image encoded anew for every group."""
-    runs = {}
+    runs: dict[Any, Callable[[], Any]] = {}
     for size in sorted(options.at_a_time):
         inputs = make_inputs(study.model.config, size, device)
         for system in (system for system in options.systems if system in GROUPED):
