@@ -413,8 +413,8 @@ class AnswerLayout:
         return torch.cat(parts, dim=1)
 
     def enclose_labels(self, labels_AG: torch.Tensor) -> torch.Tensor:
-        """Labels of whole blocks (A, W), -100 where a block has no token."""
-        exists_AW = self.pick(self.roles.role) != PAD
+        """Labels of whole blocks (A, W), -100 where a block has no token, and throughout a block without slots."""
+        exists_AW = (self.pick(self.roles.role) != PAD) & (self.lengths_A > 0)[:, None]
         return self.enclose(labels_AG).masked_fill(~exists_AW, -100)
 
     def token_ids(self, blocks_AW: torch.Tensor) -> torch.Tensor:
@@ -578,8 +578,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
         Args:
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
-            labels: (A, G) clean ids, -100 where not supervised. A may be a multiple of the number of regions: answers
-                of one region then stand next to each other.
+            labels: (A, G) clean ids, -100 behind the end of an answer: those slots do not exist. A may be a multiple of
+                the number of regions: answers of one region then stand next to each other.
             mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
             answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out. With
                 `supervise_markers` (A, W), whole blocks, and so are the output's logits and masked tokens.
@@ -600,8 +600,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             layout = self.lay_out_answers(prompt, answer_ids.shape[0], answer_ids.shape[1])
             return PerceptionDLMOutput(logits=self.score_answers(prompt, layout, answer_ids))
         # 2. noise the clean answers (equation 1)
-        lengths_A = (labels != -100).sum(dim=1) if self.config.supervise_markers else None
-        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], lengths_A)
+        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], (labels != -100).sum(dim=1))
         if self.config.supervise_markers:
             labels = layout.enclose_labels(labels)
         if mask_probability is None:
