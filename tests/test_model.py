@@ -23,7 +23,7 @@ from perceptiondlm.modeling_perceptiondlm import (
     scatter_features,
     token_losses,
 )
-from perceptiondlm.training.data import stratified_noise
+from perceptiondlm.training.noise import stratified_noise
 
 
 CONDITIONINGS = ("replay", "vision")

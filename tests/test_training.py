@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.training.config import load_run_config
-from perceptiondlm.training.data import AnswerCollator, SceneDataset, stratified_noise
-from perceptiondlm.training.trainer import LengthGroupedBatches
+from perceptiondlm.training.scenes import draw_scene
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,42 +76,6 @@ def test_missing_settings_are_named(tmp_path):
         load_run_config(tmp_path / "absent.yaml")
 
 
-def test_noise_depends_on_the_sample_and_epoch_only():
-    first, again, other = (stratified_noise(3, 8, 2, seed) for seed in ("0/1/5", "0/1/5", "1/1/5"))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1], other[1])
-
-
-def test_collator_is_deterministic_and_mixes_captions_with_questions(tiny_model, tiny_processor):
-    dataset = SceneDataset(seed=1, num_images=12, conversation_share=0.5)
-    collator = AnswerCollator(tiny_processor(tiny_model()), num_slots=32, noise_copies=2)
-    samples = [dataset[index] for index in range(6)]
-    kinds = {"captions" in sample for sample in samples}
-    batch, again = collator(samples), collator([dataset[index] for index in range(6)])
-    answers = sum(len(sample.get("captions", ["one answer"])) for sample in samples)
-    assert kinds == {True, False}
-    assert batch["labels"].shape == (2 * answers, 32)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-
-
-def test_length_grouping_wastes_less_and_loses_nothing():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(50, 1000, (103,), generator=generator).tolist()
-    sampler = LengthGroupedBatches(SceneDataset(0, 103), lengths, batch_size=4, seed=0)
-
-    def padding(order):
-        batches = [[lengths[i] for i in order[k : k + 4]] for k in range(0, len(order), 4)]
-        return sum(len(b) * max(b) - sum(b) for b in batches)
-
-    order = list(sampler)
-    assert sorted(order) == list(range(103))
-    assert padding(order) < 0.3 * padding(list(range(103)))
-    assert order == list(sampler)
-    sampler.set_epoch(1)
-    assert order != list(sampler)
-
-
 def test_a_run_learns_logs_and_leaves_a_checkpoint_that_stands_alone(tmp_path):
     config = write_miniature(tmp_path)
     finished = launch(str(config))
@@ -125,11 +88,11 @@ def test_a_run_learns_logs_and_leaves_a_checkpoint_that_stands_alone(tmp_path):
     assert (tmp_path / "final" / "training_curve.png").stat().st_size > 1000
     model = AutoModel.from_pretrained(tmp_path / "final", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "final", trust_remote_code=True)
-    sample = SceneDataset(seed=3, num_images=1)[0]
-    inputs = processor(images=sample["image"], masks=sample["masks"])
+    scene = draw_scene(seed=3, index=0)
+    inputs = processor(images=scene.image, masks=[item.mask for item in scene.objects])
     captions = processor.post_process_region_captions(model.generate(**inputs, steps=2))
     assert model.dtype == torch.float32  # stored as fp16, loaded as the model was trained
-    assert len(captions[0]) == len(sample["masks"])
+    assert len(captions[0]) == len(scene.objects)
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
