@@ -4,13 +4,14 @@ import argparse
 import sys
 from types import ModuleType
 
-from perceptiondlm.scripts import benchmark, caption, convert, evaluate
+from perceptiondlm.scripts import benchmark, caption, convert, evaluate, plan
 
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "caption": (caption, "caption regions of images"),
     "convert": (convert, "convert published checkpoints, and back"),
     "evaluate": (evaluate, "score a model on a benchmark"),
+    "plan": (plan, "estimate memory, steps and days of a training run"),
     "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
 }
 
