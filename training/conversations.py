@@ -147,17 +147,17 @@ def read_messages(value: Any, answers: AnswerFormat) -> list[dict[str, Any]]:
     try:
         turns = json.loads(value) if isinstance(value, str) else value
         pairs = [(_first(turn, "from", "role"), _first(turn, "value", "content")) for turn in turns]
-        messages = [{"role": ROLES[role], "content": read_content(text, ROLES[role])} for role, text in pairs]
+        roles = [ROLES.get(name, name) for name, _ in pairs]
+        contents = [read_content(text, role) for role, (_, text) in zip(roles, pairs, strict=True)]
     except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
         raise BadRecord(f"conversations cannot be read ({type(error).__name__}: {error})") from error
     for index, (_, text) in enumerate(pairs):
         answers.check_text(text, f"turn {index}")
-    roles = [message["role"] for message in messages]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user", "assistant"] * len(spoken)
     if len(spoken) < 2 or spoken != expected[: len(spoken)]:
         raise BadRecord(f"turns are by {roles}; accepted: user and assistant in alternation, at most one system first")
-    return messages
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def _first(turn: dict[str, Any], *names: str) -> Any:

@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -30,14 +32,13 @@ from perceptiondlm.training.conversations import ConversationSource
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.region_sets import RegionSource
 from perceptiondlm.training.scene_sources import SceneSource
-from perceptiondlm.training.sources import AnswerFormat, BadRecord, Measured, Source
+from perceptiondlm.training.sources import MIN_RECORDS, AnswerFormat, BadRecord, Measured, Source, check_bad_share
 from perceptiondlm.training.streaming import StreamingDataset
 
 
 logger = logging.getLogger(__name__)
 
 _source: Source  # of a survey's worker process
-MIN_RECORDS = 100  # read before the share of bad records says anything; at the end it counts in any case
 
 
 @dataclass
@@ -70,11 +71,7 @@ class SourceReport:
 
     def check(self, limit: float) -> None:
         """Stop when too large a share of the records is bad."""
-        if self.bad > limit * self.records:
-            raise ValueError(
-                f"{self.bad} of the first {self.records} records of {self.name} are bad, more than the share "
-                f"{limit} that data.max_bad_share accepts; the last is {self.bad_records[-1]}"
-            )
+        check_bad_share(self.name, self.bad, self.records, limit, "".join(self.bad_records[-1:]))
 
 
 class MixtureDataset(Dataset):
@@ -137,21 +134,40 @@ def build_dataset(
     """The training data of a run.
 
     Args:
-        cache_dir: where indices and surveys are kept. On several processes let the main one go first
-            (`TrainingArguments.main_process_first`); the others then find its survey there.
+        cache_dir: where indices and surveys are kept. Of several processes the main one goes first; the others then
+            find its survey there.
     Raises:
         FileNotFoundError, ValueError: for sets that are missing, have other columns or too many bad records.
     """
     if not data.sources:
         raise ValueError("data.sources is empty; accepted: at least one source")
     answers = AnswerFormat.build(data, loss, processor, config)
-    cache_dir = Path(cache_dir)
-    if data.streaming:
-        return StreamingDataset(data, answers, cache_dir)
+    with main_process_first():
+        if data.streaming:
+            return StreamingDataset(data, answers, Path(cache_dir))
+        return mix(data, answers, Path(cache_dir))
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Where several processes train, the first one does the block before the others."""
+    distributed = dist.is_available() and dist.is_initialized()
+    first = not distributed or dist.get_rank() == 0
+    if not first:
+        dist.barrier()
+    yield
+    if distributed and first:
+        dist.barrier()
+
+
+def mix(data: DataConfig, answers: AnswerFormat, cache_dir: Path) -> MixtureDataset:
+    """The samples of all sources, in the order of the sources."""
     sources = [build_source(source, data, answers, cache_dir) for source in data.sources]
     lengths: list[int] = []
     rows, reports = [], []
     for number, (source, settings) in enumerate(zip(sources, data.sources, strict=True)):
+        if len(source) == 0:
+            raise ValueError(f"{settings.name} holds no record")
         taken = chosen_records(len(source), settings.samples, f"subset/{source.key}")
         found, report = survey(source, settings, sorted({record for record, _ in taken}), data, answers, cache_dir)
         for record, repeat in taken:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import END_OF_TURN, PerceptionDLMProcessor
@@ -29,11 +29,24 @@ from perceptiondlm.regions_perceptiondlm import load_image
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
 
 
+MIN_RECORDS = 100  # read before the share of bad records is judged on the way
 DATA_URL = re.compile(r"data:[^,]*;base64,")
 
 
 class BadRecord(ValueError):
     """A record that cannot be trained on; the message says what is wrong with it."""
+
+
+def check_bad_share(name: str, bad: int, read: int, limit: float, last: str) -> None:
+    """Stop a run when more than the share `limit` of a source's records read so far is bad; `last` is the last of them.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if bad > limit * read:
+        raise ValueError(
+            f"{bad} of the first {read} records of {name} are bad, data.max_bad_share={limit}; last: {last}"
+        )
 
 
 @dataclass
@@ -173,5 +186,7 @@ def open_image(value: Any, root: Path, name: str) -> Image.Image:
         elif isinstance(value, bytes):
             value = Image.open(BytesIO(value))
         return load_image(value, name=name)
+    except UnidentifiedImageError as error:
+        raise BadRecord(f"{name} is no image ({len(value)} bytes)") from error
     except (OSError, ValueError, TypeError, binascii.Error) as error:
         raise BadRecord(str(error)) from error

@@ -17,13 +17,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from perceptiondlm.training.conversations import load_rows, measure_row, parquet_files, row_sample
 from perceptiondlm.training.data_config import DataConfig, SourceConfig
-from perceptiondlm.training.sources import AnswerFormat, BadRecord
+from perceptiondlm.training.sources import MIN_RECORDS, AnswerFormat, BadRecord, check_bad_share
 
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 256  # rows held back, encoded, to draw the next one from
-MIN_RECORDS = 100  # a reader judges the share of bad records from here on
 
 
 class StreamingDataset(IterableDataset):
@@ -98,11 +97,8 @@ class StreamingDataset(IterableDataset):
         logger.warning("bad record skipped: %s, %s: %s", settings.name, place, error)
         with open(self.log, "a") as stream:
             stream.write(json.dumps({"name": settings.name, "place": place, "error": str(error)}) + "\n")
-        if read >= MIN_RECORDS and bad > self.data.max_bad_share * read:
-            raise ValueError(
-                f"{bad} of the first {read} records of {settings.name} are bad, more than the share "
-                f"{self.data.max_bad_share} that data.max_bad_share accepts; the last is {place}: {error}"
-            )
+        if read >= MIN_RECORDS:
+            check_bad_share(settings.name, bad, read, self.data.max_bad_share, f"{place}: {error}")
 
 
 def shuffled(rows: Iterator[Any], seed: str) -> Iterator[Any]:
