@@ -403,6 +403,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
         counts = iter(num_tiles(grid) * self.tokens_per_tile for grid in grids)
         return [token for i in ids for token in ([i] * next(counts) if i == image_token else [i])]
 
+    def region_text_length(self) -> int:
+        """Tokens of the fixed text of a region prompt, its turns and the question."""
+        before, after = self._region_prompt(self.region_question)
+        return len(before) - 1 + len(after)  # the image's placeholder is not text
+
     def prompt_length(self, size: tuple[int, int], num_regions: int, max_tiles: int | None = None) -> int:
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
         grid = self._grid(size, max_tiles)

@@ -62,11 +62,11 @@ class RegionSource(Source):
         slots, cut = zip(*map(self.answers.slots, captions), strict=True)
         longest = sorted(slots, reverse=True)
         processor = self.answers.processor
+        text = processor.region_text_length()
         lengths = []
         for size in map(len, deal(len(masks), processor.num_region_prompts, "")):
             answers = self.answers.copies * (sum(longest[:size]) + size)  # a marker each
-            question = self.answers.num_tokens(processor.system_prompt + processor.region_question)
-            lengths.append(processor.prompt_length(image.size, size) + question + answers)
+            lengths.append(processor.prompt_length(image.size, size) + text + answers)
         if max(lengths) > self.answers.max_length:
             return Measured([], too_long=len(lengths))
         return Measured(lengths, cut=sum(cut))
