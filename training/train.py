@@ -9,6 +9,7 @@ complete checkpoint of an interrupted run, `--dry-run` prints what a run would d
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,7 +48,16 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
                 "change trainer.per_device_train_batch_size"
             )
         settings["gradient_accumulation_steps"] = run.batch_size // share
-    return TrainingArguments(**settings)
+    arguments = TrainingArguments(**settings)
+    if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
+        samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
+        arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
+    return arguments
+
+
+def samples_per_step(arguments: TrainingArguments) -> int:
+    """Samples of one optimizer step over all passes and processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
@@ -119,7 +129,7 @@ def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
     summary = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": samples_per_step(args),
         "processes": args.world_size,
         "loss": losses[-1]["loss"] if losses else None,
         "loss_by_noise": {k: v for k, v in losses[-1].items() if k.startswith("loss_noise_")} if losses else {},

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -43,10 +44,15 @@ class PerceptionDLMTrainer(Trainer):
 
     # --- data and optimizer -------------------------------------------------------------------------------------------
 
+    def get_train_dataloader(self):
+        """A stream deals out its records by itself; everything else is dealt out by accelerate."""
+        if not self.run.data.streaming:
+            return super().get_train_dataloader()
+        settings = {"collate_fn": self.data_collator, "num_workers": self.args.dataloader_num_workers}
+        return DataLoader(self.train_dataset, self._train_batch_size, **settings)
+
     def _get_train_sampler(self, train_dataset=None):
-        """Batches of similar length, or a plain shuffle; a stream has its own order."""
-        if self.run.data.streaming:
-            return None
+        """Batches of similar length, or a plain shuffle."""
         pool = POOL if self.run.data.group_by_length else 1
         size, processes = self.args.train_batch_size, self.args.world_size
         return LengthGroupedBatches(self.train_dataset, size, self.args.seed, processes, pool)
@@ -100,7 +106,7 @@ class PerceptionDLMTrainer(Trainer):
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {name} is {value} at step {self.state.global_step + 1}. The run stops before the weights take it: "
+                f"the {name} is {value} at step {self.state.global_step + 1}. The run stops before weights take it: "
                 "checkpoints up to here are good. Resume with a lower trainer.learning_rate or trainer.max_grad_norm"
             )
 
