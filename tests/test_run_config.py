@@ -1,6 +1,7 @@
 """Run configurations: types, overrides, refusals by name, the published settings of every stage, and the planner."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_stages_hold_the_published_settings_and_plan_without_data(stage, capsys,
 
 def test_stages_start_from_one_another():
     runs = [load_run_config(CONFIGS / f"{stage}.yaml") for stage in PUBLISHED]
-    for earlier, later in zip(runs, runs[1:], strict=False):
+    for earlier, later in pairwise(runs):
         assert later.init_from == earlier.export_dir
 
 

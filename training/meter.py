@@ -63,6 +63,7 @@ class Meter:
 
 def rates(counts: dict[str, float], seconds: float) -> dict[str, float]:
     """Speed and padding of counted batches."""
+    seconds = max(seconds, 1e-9)
     return {
         "tokens_per_second": round(counts["tokens"] / seconds, 1),
         "images_per_second": round(counts["images"] / seconds, 2),

@@ -97,6 +97,7 @@ def train(run: RunConfig) -> Path:
 
 def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
     """Write the finished checkpoint with its card, log, summary and curve."""
+    trainer.measure()  # the steps after the last log
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
@@ -131,7 +132,7 @@ def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
         "epochs": trainer.state.epoch,
         "batch_size": samples_per_step(args),
         "processes": args.world_size,
-        "loss": losses[-1]["loss"] if losses else None,
+        "loss": losses[-1]["loss"] if losses else log[-1]["train_loss"],
         "loss_by_noise": {k: v for k, v in losses[-1].items() if k.startswith("loss_noise_")} if losses else {},
         "scores": {k: v for k, v in scores[-1].items() if k not in bookkeeping} if scores else {},
         "speed": trainer.meter.summary(),

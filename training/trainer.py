@@ -115,8 +115,12 @@ class PerceptionDLMTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Beside the loss: loss by noise level, speed and padding since the last time."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.drain(lambda counts: self.accelerator.reduce(counts, "sum"))}
+            logs = {**logs, **self.measure()}
         super().log(logs, start_time)
+
+    def measure(self) -> dict[str, float]:
+        """What the meter counted since the last time, on all processes, which must all call this."""
+        return self.meter.drain(lambda counts: self.accelerator.reduce(counts, "sum"))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
