@@ -76,6 +76,8 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Parameters of every part: `{"projector": {"total": …, "trained": …}, …}`."""
     counts = {part: {"total": 0, "trained": 0} for part in PARTS}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # the state before training, which adapters keep beside a part trained whole
+            continue
         counts[part_of(name)]["total"] += parameter.numel()
         counts[part_of(name)]["trained"] += parameter.numel() * parameter.requires_grad
     return counts

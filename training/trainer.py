@@ -137,11 +137,12 @@ class PerceptionDLMTrainer(Trainer):
             raise OSError(f"checkpoint {folder} could not be written, older ones are intact: {error}") from error
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights, two moments of what trains, and its moving average."""
+        """Size of a checkpoint: weights (of adapters, what trains), two moments of what trains, its moving average."""
         parameters = list(self.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         moments = 0 if self.args.save_only_model else 8 * trained
-        return sum(p.nbytes for p in parameters) + moments + (4 * trained if self.average else 0)
+        weights = sum(p.nbytes for p in parameters if p.requires_grad or self.run.train.lora is None)
+        return weights + moments + (4 * trained if self.average else 0)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
