@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from io import BytesIO
 
 import datasets
@@ -264,6 +265,7 @@ def read_stream(dataset, count: int, workers: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_give_every_row_once_per_epoch_to_one_reader(build, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("perceptiondlm.training.streaming.POOL", 1)  # in the order of the files
     names = [f"{word} {number}" for number in range(3) for word in ("red", "blue", "green", "small")]
     for file in range(3):
         turns = [[OPENAI[0], {"role": "assistant", "content": name}] for name in names[4 * file : 4 * file + 4]]
@@ -282,6 +284,20 @@ def test_streams_give_every_row_once_per_epoch_to_one_reader(build, tmp_path, mo
     assert set(found[0]) | set(found[1]) == set(names)
     if not workers:  # three files for two readers: the first epoch is 8 rows of one and 4 of the other
         assert sorted(found[0][:8] + found[1][:4]) == sorted(names)
+
+
+def test_streams_group_by_length(build, tmp_path):
+    """Batches hold answers of one length where a plain shuffle mixes them, and nothing is lost."""
+    answers = ["red " * (1 + 12 * (i % 4)) + str(i) for i in range(64)]
+    write(tmp_path / "0.parquet", [row([OPENAI[0], {"role": "assistant", "content": text}], []) for text in answers])
+    mixed = {}
+    for size in (4, 1):
+        dataset, _ = build({"path": str(tmp_path), "streaming": True, "samples": 64})
+        dataset.batch_size = size
+        read = read_stream(dataset, 256)
+        assert Counter(read) == dict.fromkeys(answers, 4)
+        mixed[size] = sum(len(set(map(len, read[i : i + 4]))) > 2 for i in range(0, 256, 4))  # 1 or 2 digits
+    assert mixed[4] < 8 < mixed[1]
 
 
 def test_streams_skip_bad_rows_and_stop_when_there_are_many(build, tmp_path):

@@ -216,6 +216,9 @@ def test_files_that_are_missing_or_cut_short_are_refused(build, tmp_path):
     (tmp_path / "set.json").write_bytes(whole[:-40])
     with pytest.raises(ValueError, match="cut short"):
         build(tmp_path / "set.json")
+    (tmp_path / "set.json").write_bytes(b'[{"image": 1}, 3, "a"]')
+    with pytest.raises(ValueError, match="list of objects alone"):
+        build(tmp_path / "set.json")
     (tmp_path / "set.json").write_bytes(b'{"image": 1}')
     with pytest.raises(ValueError, match="does not start with"):
         build(tmp_path / "set.json")

@@ -182,16 +182,26 @@ def _elements(content: mmap.mmap, path: Path) -> list[tuple[int, int]]:
     """Outermost objects of a JSON list."""
     if not content[:64].lstrip().startswith(b"["):
         raise ValueError(f"{path} does not start with '['; accepted: a JSON list of records, or .jsonl")
-    spans, depth, start = [], 0, 0
+    spans, depth, start, end = [], 0, 0, 0
     for found in STRINGS_AND_BRACES.finditer(content):
         kind = content[found.start()]
         if kind == ord("{"):
-            start = found.start() if depth == 0 else start
+            if depth == 0:
+                start = found.start()
+                _require_separator(content[end:start], path, len(spans))
             depth += 1
         elif kind == ord("}"):
             depth -= 1
             if depth == 0:
-                spans.append((start, found.end()))
+                end = found.end()
+                spans.append((start, end))
     if depth:
         raise ValueError(f"{path} ends inside a record: the file is cut short")
+    _require_separator(content[end:], path, len(spans))
     return spans
+
+
+def _require_separator(text: bytes, path: Path, record: int) -> None:
+    """Between the records of a list there are commas and white space."""
+    if text.strip(b"[], \t\r\n"):
+        raise ValueError(f"{path} holds {text[:40]!r} before record {record}; accepted: a list of objects alone")

@@ -2,11 +2,19 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
 
-from perceptiondlm.training.mixture import MixtureDataset
+
+class SizedSamples(Protocol):
+    """A dataset in random access that knows its samples' lengths and its epoch, such as `MixtureDataset`."""
+
+    lengths: Sequence[int]
+    epoch: int
+
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -24,13 +32,13 @@ class LengthGroupedBatches(Sampler[int]):
         pool: batches that are sorted together; 1 gives a plain shuffle.
     """
 
-    def __init__(self, dataset: MixtureDataset, batch_size: int, seed: int, world_size: int = 1, pool: int = 50):
+    def __init__(self, dataset: SizedSamples, batch_size: int, seed: int, world_size: int = 1, pool: int = 50):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.world_size, self.pool = world_size, pool
 
     def __len__(self) -> int:
         step = self.batch_size * self.world_size if self.world_size > 1 else 1
-        return -(-len(self.dataset) // step) * step
+        return -(-len(self.dataset.lengths) // step) * step
 
     def set_epoch(self, epoch: int) -> None:
         """Called before every epoch. The dataset keeps it: after resuming, accelerate reaches the dataset alone."""
@@ -66,7 +74,7 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     return 1 - used / taken
 
 
-def padding_report(dataset: MixtureDataset, batch_size: int, seed: int, pool: int = 50) -> dict[str, float]:
+def padding_report(dataset: SizedSamples, batch_size: int, seed: int, pool: int = 50) -> dict[str, float]:
     """Padding share of an epoch with and without length grouping, for a run's summary."""
     return {
         name: padding_share(dataset.lengths, grouped_batches(dataset.lengths, batch_size, size, seed))

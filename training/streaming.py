@@ -1,8 +1,8 @@
 """Conversation sets read from front to back: endless, dealt out by files, bad records skipped as they come.
 
-A stream is for sets too large to look through before a run. What that costs: batches are not grouped by length, how the
-records are dealt out depends on the number of processes and workers (the noise of a record does not), and `samples` is
-a source's share of the mixture instead of an exact count.
+A stream is for sets too large to look through before a run. What that costs: batches are of similar length only within
+a small pool, how the records are dealt out depends on the number of processes and workers (the noise of a record does
+not), and `samples` is a source's share of the mixture instead of an exact count.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,24 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from perceptiondlm.training.conversations import load_rows, measure_row, parquet_files, row_sample
 from perceptiondlm.training.data_config import DataConfig, SourceConfig
+from perceptiondlm.training.sampling import grouped_batches
 from perceptiondlm.training.sources import MIN_RECORDS, AnswerFormat, BadRecord, check_bad_share
 
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_BUFFER = 256  # rows held back, encoded, to draw the next one from
+POOL = 256  # samples that are held back, their images encoded, to make batches of and shuffle these
+
+
+@dataclass
+class Waiting:
+    """Sample `unit` of a row that was found good, its length in tokens and its seed."""
+
+    length: int
+    row: dict[str, Any]
+    unit: int
+    seed: str
+    settings: SourceConfig
 
 
 class StreamingDataset(IterableDataset):
@@ -30,10 +43,13 @@ class StreamingDataset(IterableDataset):
 
     Every reader (a worker of a process) gets its own files, or, when there are fewer files than readers, its own rows.
     Bad records are logged, appended to `bad_records.jsonl` in the cache directory, and skipped.
+
+    Args:
+        batch_size: runs of this many samples are of similar length; 1 gives a plain shuffle. To be set before reading.
     """
 
     def __init__(self, data: DataConfig, answers: AnswerFormat, cache_dir: Path):
-        self.data, self.answers = data, answers
+        self.data, self.answers, self.batch_size = data, answers, 1
         self.log = cache_dir / "bad_records.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.sets = [load_rows(source, parquet_files(source.path) if source.path else []) for source in data.sources]
@@ -55,28 +71,36 @@ class StreamingDataset(IterableDataset):
         readers = workers * int(os.environ.get("WORLD_SIZE", "1"))
         reader = workers * int(os.environ.get("RANK", "0")) + number
         dice = random.Random(f"mixture/{self.data.seed}/{reader}")
-        streams = [self._samples(place, reader, readers) for place in range(len(self.sets))]
+        streams = [self._waiting(place, reader, readers) for place in range(len(self.sets))]
         weights = [source.samples or 0 for source in self.data.sources]
         while True:
-            yield next(dice.choices(streams, weights)[0])
+            batches = max(1, POOL // self.batch_size)
+            pool = [next(dice.choices(streams, weights)[0]) for _ in range(batches * self.batch_size)]
+            lengths = [waiting.length for waiting in pool]
+            for batch in grouped_batches(lengths, self.batch_size, batches, dice.getrandbits(62)):
+                yield from (self._sample(pool[index]) for index in batch)
 
-    def _samples(self, place: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:
-        """Samples of one source for one reader, epoch after epoch."""
+    def _sample(self, waiting: "Waiting") -> dict[str, Any]:
+        sample = row_sample(waiting.row, waiting.unit, waiting.seed, waiting.settings, self.answers)
+        return sample | {"noise_seed": f"{waiting.seed}:{waiting.unit}", "coarse": False, "filler": False}
+
+    def _waiting(self, place: int, reader: int, readers: int) -> Iterator["Waiting"]:
+        """Samples of one source for one reader, epoch after epoch, not yet read."""
         settings = self.data.sources[place]
         read = bad = epoch = 0
         while True:
             found = 0
-            for row_place, row in shuffled(self._rows(place, epoch, reader, readers), f"{epoch}/{reader}"):
+            for row_place, row in self._rows(place, epoch, reader, readers):
                 seed = f"{epoch}/{self.data.seed}/{settings.name}/{row_place}"
                 read += 1
                 try:
-                    for unit in range(len(measure_row(row, settings, self.answers).lengths)):
-                        found += 1
-                        sample = row_sample(row, unit, seed, settings, self.answers)
-                        yield sample | {"noise_seed": f"{seed}:{unit}", "coarse": False, "filler": False}
+                    lengths = measure_row(row, settings, self.answers).lengths
                 except BadRecord as error:
                     bad += 1
                     self._report(settings, row_place, error, bad, read)
+                    continue
+                found += len(lengths)
+                yield from (Waiting(length, row, unit, seed, settings) for unit, length in enumerate(lengths))
             if not found:
                 raise ValueError(f"{settings.name}: reader {reader} of {readers} found no sample in {read} records")
             epoch += 1
@@ -99,15 +123,3 @@ class StreamingDataset(IterableDataset):
             stream.write(json.dumps({"name": settings.name, "place": place, "error": str(error)}) + "\n")
         if read >= MIN_RECORDS:
             check_bad_share(settings.name, bad, read, self.data.max_bad_share, f"{place}: {error}")
-
-
-def shuffled(rows: Iterator[Any], seed: str) -> Iterator[Any]:
-    """The rows in an order drawn by the seed out of a buffer."""
-    dice = random.Random(f"shuffle/{seed}")
-    buffer: list[Any] = []
-    for row in rows:
-        buffer.append(row)
-        if len(buffer) == SHUFFLE_BUFFER:
-            yield buffer.pop(dice.randrange(SHUFFLE_BUFFER))
-    dice.shuffle(buffer)
-    yield from buffer
