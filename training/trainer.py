@@ -48,6 +48,7 @@ class PerceptionDLMTrainer(Trainer):
         """A stream deals out its records by itself; everything else is dealt out by accelerate."""
         if not self.run.data.streaming:
             return super().get_train_dataloader()
+        self.train_dataset.batch_size = self._train_batch_size if self.run.data.group_by_length else 1
         settings = {"collate_fn": self.data_collator, "num_workers": self.args.dataloader_num_workers}
         return DataLoader(self.train_dataset, self._train_batch_size, **settings)
 
