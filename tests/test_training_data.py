@@ -14,7 +14,7 @@ import torch
 from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.config import load_run_config
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
-from perceptiondlm.training.mixture import build_dataset, chosen_records
+from perceptiondlm.training.mixture import build_dataset
 from perceptiondlm.training.noise import stratified_noise
 from perceptiondlm.training.sampling import LengthGroupedBatches, grouped_batches, padding_report, padding_share
 from perceptiondlm.training.scenes import draw_scene
@@ -126,14 +126,21 @@ def test_the_embedded_recipe_still_makes_the_batches_it_was_trained_on(tiny_mode
 # --- mixtures -----------------------------------------------------------------------------------------------------
 
 
-def test_counts_take_a_fixed_subset_or_repeat():
-    assert chosen_records(3, None, "s") == [(0, 0), (1, 0), (2, 0)]
-    fewer = chosen_records(100, 30, "s")
-    assert len(set(fewer)) == 30
-    assert fewer == chosen_records(100, 30, "s") != chosen_records(100, 30, "t")
-    more = Counter(record for record, _ in chosen_records(10, 25, "s"))
-    assert sorted(more.values()) == [2] * 5 + [3] * 5
-    assert len(set(chosen_records(10, 25, "s"))) == 25
+def test_counts_take_a_fixed_subset_or_repeat(tmp_path, build):
+    path = tmp_path / "set.jsonl"
+    record = {"image": "a.png", "mask_rles": {"size": [8, 8], "counts": [0, 64]}, "captions": ["a red cat"]}
+    path.write_text("\n".join([json.dumps(record)] * 10))
+    draw_scene(0, 0).image.resize((8, 8)).save(tmp_path / "a.png")
+
+    def records(samples=None, seed=0):
+        dataset, _ = build([{"kind": "regions", "path": str(path), "samples": samples}], seed=seed)
+        return [tuple(row[1:3]) for row in dataset.samples.tolist()]
+
+    assert records() == [(i, 0) for i in range(10)]
+    assert len(set(records(4))) == 4
+    assert records(4) == records(4) != records(4, seed=1)
+    assert len(set(records(25))) == 25
+    assert sorted(Counter(record for record, _ in records(25)).values()) == [2] * 5 + [3] * 5
 
 
 def test_a_mixture_holds_every_sample_of_every_source(build):

@@ -14,7 +14,7 @@ from perceptiondlm.scripts.annotate import annotate
 from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data_config import DataConfig
-from perceptiondlm.training.mixture import build_dataset
+from perceptiondlm.training.mixture import build_mixture
 from perceptiondlm.training.modules import plain_model
 
 
@@ -39,7 +39,7 @@ class HeldOutEvaluation(TrainerCallback):
             )
         data = DataConfig([self.source], seed=run.data.seed, max_length=run.data.max_length)
         if self.settings.steps:
-            self.samples = build_dataset(data, run.loss, processor, config, run.output_dir)
+            self.samples = build_mixture(data, run.loss, processor, config, run.output_dir)
             self.collator = AnswerCollator.build(data, run.loss, processor, config)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -25,7 +25,7 @@ from perceptiondlm.modeling_perceptiondlm import AnswerLayout, BidirectionalLlam
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
-from perceptiondlm.training.mixture import MixtureDataset, build_dataset
+from perceptiondlm.training.mixture import MixtureDataset, build_mixture
 from perceptiondlm.training.sampling import padding_report
 from perceptiondlm.training.scenes import draw_scene
 
@@ -38,7 +38,8 @@ def lay_out(batch: dict[str, torch.Tensor], config: PerceptionDLMConfig) -> tupl
     positions, ids = prompt_positions(roles, config.attention_layout), batch["input_ids"]
     markers = torch.zeros(int(batch["num_regions"].sum()), dtype=torch.int64)
     prompt = Prompt(ids, ids[..., None].float(), roles, positions, batch["num_regions"], markers)
-    answers = AnswerLayout(prompt, *batch["labels"].shape, config, (batch["labels"] != -100).sum(dim=1))
+    num_answers, num_slots = batch["labels"].shape
+    answers = AnswerLayout(prompt, num_answers, num_slots, config, (batch["labels"] != -100).sum(dim=1))
     return roles.cat(answers.roles), torch.cat((positions, answers.positions), dim=1)
 
 
@@ -73,7 +74,7 @@ def scenes_of(
     """Drawn scenes as the embedded model's recipe reads them."""
     data, loss = DataConfig([SourceConfig("scenes", samples=num_scenes)]), LossConfig()
     with tempfile.TemporaryDirectory() as cache:
-        dataset = build_dataset(data, loss, processor, config, cache)
+        dataset = build_mixture(data, loss, processor, config, cache)
     return dataset, AnswerCollator.build(data, loss, processor, config)
 
 

@@ -131,21 +131,49 @@ def build_dataset(
     config: PerceptionDLMConfig,
     cache_dir: str | Path,
 ) -> MixtureDataset | StreamingDataset:
-    """The training data of a run.
+    """The training data of a run: `build_mixture`, or, when its sources stream, a stream.
 
     Args:
-        cache_dir: where indices and surveys are kept. Of several processes the main one goes first; the others then
-            find its survey there.
+        cache_dir: where indices, surveys and logs of bad records are kept.
     Raises:
         FileNotFoundError, ValueError: for sets that are missing, have other columns or too many bad records.
+    """
+    if not data.streaming:
+        return build_mixture(data, loss, processor, config, cache_dir)
+    with main_process_first():
+        return StreamingDataset(data, AnswerFormat.build(data, loss, processor, config), Path(cache_dir))
+
+
+def build_mixture(
+    data: DataConfig,
+    loss: LossConfig,
+    processor: PerceptionDLMProcessor,
+    config: PerceptionDLMConfig,
+    cache_dir: str | Path,
+) -> MixtureDataset:
+    """The samples of all sources in random access, in the order of the sources. Raises as `build_dataset` does.
+
+    Of several processes the main one goes first; the others then find its surveys in `cache_dir`.
     """
     if not data.sources:
         raise ValueError("data.sources is empty; accepted: at least one source")
     answers = AnswerFormat.build(data, loss, processor, config)
-    with main_process_first():
-        if data.streaming:
-            return StreamingDataset(data, answers, Path(cache_dir))
-        return mix(data, answers, Path(cache_dir))
+    lengths: list[int] = []
+    sources, rows, reports = [], [], []
+    for number, settings in enumerate(data.sources):
+        with main_process_first():
+            source = build_source(settings, data, answers, Path(cache_dir))
+            taken = chosen_records(source, settings)
+            found, report = survey(source, settings, taken, data.max_bad_share, answers, Path(cache_dir))
+        for record, repeat in taken:
+            lengths += found[record]
+            rows += [(number, record, repeat, unit) for unit in range(len(found[record]))]
+            report.samples += len(found[record])
+        sources.append(source)
+        reports.append(report)
+    if not rows:
+        raise ValueError(f"no sample is left: {[asdict(report) for report in reports]}")
+    return MixtureDataset(sources, lengths, np.array(rows, dtype=np.int64), reports, data.coarse_epochs)
 
 
 @contextmanager
@@ -160,26 +188,6 @@ def main_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def mix(data: DataConfig, answers: AnswerFormat, cache_dir: Path) -> MixtureDataset:
-    """The samples of all sources, in the order of the sources."""
-    sources = [build_source(source, data, answers, cache_dir) for source in data.sources]
-    lengths: list[int] = []
-    rows, reports = [], []
-    for number, (source, settings) in enumerate(zip(sources, data.sources, strict=True)):
-        if len(source) == 0:
-            raise ValueError(f"{settings.name} holds no record")
-        taken = chosen_records(len(source), settings.samples, f"subset/{source.key}")
-        found, report = survey(source, settings, sorted({record for record, _ in taken}), data, answers, cache_dir)
-        for record, repeat in taken:
-            lengths += found[record]
-            rows += [(number, record, repeat, unit) for unit in range(len(found[record]))]
-            report.samples += len(found[record])
-        reports.append(report)
-    if not rows:
-        raise ValueError(f"no sample is left: {[asdict(report) for report in reports]}")
-    return MixtureDataset(sources, lengths, np.array(rows, dtype=np.int64), reports, data.coarse_epochs)
-
-
 def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat, cache_dir: Path) -> Source:
     """A source by its kind."""
     if settings.is_drawn:
@@ -190,41 +198,51 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
     return ConversationSource(settings, answers, key)
 
 
-def chosen_records(count: int, wanted: int | None, seed: str) -> list[tuple[int, int]]:
+def chosen_records(source: Source, settings: SourceConfig) -> list[tuple[int, int]]:
     """Records of an epoch with the number of their repeat: all, a fixed random subset, or all several times over."""
-    rounds, rest = divmod(count if wanted is None else wanted, count)
-    subset = sorted(random.Random(seed).sample(range(count), rest))
+    count = len(source)
+    if count == 0:
+        raise ValueError(f"{settings.name} holds no record")
+    rounds, rest = divmod(count if settings.samples is None else settings.samples, count)
+    subset = sorted(random.Random(f"subset/{source.key}").sample(range(count), rest))
     return [(record, repeat) for repeat in range(rounds) for record in range(count)] + [(r, rounds) for r in subset]
 
 
 def survey(
     source: Source,
     settings: SourceConfig,
-    records: list[int],
-    data: DataConfig,
+    taken: list[tuple[int, int]],
+    max_bad_share: float,
     answers: AnswerFormat,
     cache_dir: Path,
 ) -> tuple[dict[int, list[int]], SourceReport]:
-    """Lengths of every sample of `records`, in all processor cores, and the report; kept in `cache_dir`."""
+    """Lengths of every sample of the records taken, by record, and the report; kept in `cache_dir`."""
+    records = sorted({record for record, _ in taken})
     path = cache_dir / f"survey-{_survey_key(source, settings, records, answers)}.json"
-    report = SourceReport(settings.name)
     if path.exists():
         kept = json.loads(path.read_text())
-        report = SourceReport(**kept["report"])
-        report.check(data.max_bad_share)
-        return dict(zip(records, kept["lengths"], strict=True)), report
-    lengths = []
+        report, lengths = SourceReport(**kept["report"]), kept["lengths"]
+    else:
+        report, lengths = _look(source, settings, records, max_bad_share)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"report": asdict(report), "lengths": lengths}))
+        part.rename(path)
+    report.check(max_bad_share)
+    return dict(zip(records, lengths, strict=True)), report
+
+
+def _look(
+    source: Source, settings: SourceConfig, records: list[int], max_bad_share: float
+) -> tuple[SourceReport, list[list[int]]]:
+    """Read every record; stops early when too many are bad."""
+    report, lengths = SourceReport(settings.name), []
     for record, (measured, error) in zip(records, _measure_all(source, records), strict=True):
         report.add(source.place(record), measured, error)
         lengths.append(measured.lengths)
         if report.records >= MIN_RECORDS:
-            report.check(data.max_bad_share)
-    report.check(data.max_bad_share)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"report": asdict(report), "lengths": lengths}))
-    part.rename(path)
-    return dict(zip(records, lengths, strict=True)), report
+            report.check(max_bad_share)
+    return report, lengths
 
 
 def _survey_key(source: Source, settings: SourceConfig, records: list[int], answers: AnswerFormat) -> str:

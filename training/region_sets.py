@@ -110,12 +110,11 @@ def read_entry(entry: Any) -> tuple[Any, list, list[str]]:
     if not isinstance(entry, dict):
         raise BadRecord(f"a record is a {type(entry).__name__}; accepted: an object")
     image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
+    masks, captions = entry.get("mask_rles"), entry.get("captions")
+    masks = [masks] if isinstance(masks, dict) else masks
     if "annotations" in entry:
         items = [item for item in entry["annotations"] if isinstance(item, dict)]
         masks, captions = [item.get("segmentation") for item in items], [item.get("caption") for item in items]
-    else:
-        masks, captions = entry.get("mask_rles"), entry.get("captions")
-        masks = [masks] if isinstance(masks, dict) else masks
     if image is None or not masks or not captions:
         accepted = "image, image_file or image_path with mask_rles and captions, or with annotations"
         raise BadRecord(f"a record has the keys {sorted(entry)}, or no masks; accepted: {accepted}")
@@ -170,7 +169,8 @@ def _cached(path: Path, cache_dir: Path, suffix: str) -> Path:
 
 
 def _lines(content: mmap.mmap) -> list[tuple[int, int]]:
-    spans, start = [], 0
+    spans: list[tuple[int, int]] = []
+    start = 0
     while line := content.readline():
         if line.strip():
             spans.append((start, start + len(line)))
@@ -182,7 +182,8 @@ def _elements(content: mmap.mmap, path: Path) -> list[tuple[int, int]]:
     """Outermost objects of a JSON list."""
     if not content[:64].lstrip().startswith(b"["):
         raise ValueError(f"{path} does not start with '['; accepted: a JSON list of records, or .jsonl")
-    spans, depth, start, end = [], 0, 0, 0
+    spans: list[tuple[int, int]] = []
+    depth = start = end = 0
     for found in STRINGS_AND_BRACES.finditer(content):
         kind = content[found.start()]
         if kind == ord("{"):
