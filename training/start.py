@@ -77,7 +77,7 @@ def model_from_checkpoint(run: RunConfig, source: str) -> Start:
         raise ValueError(f"init_from {source} holds {kind!r} weights: bring them here first, perceptiondlm convert")
     config = PerceptionDLMConfig.from_pretrained(folder)
     conditioning = run.model.get("region_conditioning", config.region_conditioning)
-    processor = PerceptionDLMProcessor.from_pretrained(folder)
+    processor = PerceptionDLMProcessor.from_pretrained(folder, trust_remote_code=True)  # its tokenizer asks for this
     image_settings = {name: getattr(processor, name) for name in IMAGE_SETTINGS}
     generation = PerceptionDLMGenerationConfig.from_pretrained(folder)
     tokenizer = processor.tokenizer

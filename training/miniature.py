@@ -1,0 +1,161 @@
+"""The paper's training in miniature: four base stages and the region stage, each starting from the one before.
+
+    python -m perceptiondlm.training.miniature            # or `make miniature`: about 25 minutes on two cores
+
+Every stage's checkpoint is scored on held-out scenes: base models by the share of questions they answer exactly, region
+models by the protocol of ParaDLC-Bench. A region stage without the base stages before it shows what these bought.
+Stages that are finished are not run again; an interrupted one continues.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoProcessor, set_seed
+
+from perceptiondlm.evaluation.conversations import evaluate_conversations
+from perceptiondlm.evaluation.environment import environment
+from perceptiondlm.evaluation.scenes import evaluate_scenes
+from perceptiondlm.training.checkpoint import export, register_auto_classes
+from perceptiondlm.training.config import RunConfig, load_run_config
+from perceptiondlm.training.start import build_model
+from perceptiondlm.training.train import train, write_json
+
+
+CONFIGS = Path(__file__).parent / "configs"
+TUNED = "train={parts: [projector, language_model]}"
+
+
+@dataclass
+class Stage:
+    """One run: its config file, the stage it starts from (None: the lent parts), and what it changes in the file."""
+
+    config: str
+    after: str | None
+    steps: int
+    overrides: tuple[str, ...] = ()
+
+
+STAGES = {
+    "stage1_alignment": Stage("miniature_base", None, 250),
+    "stage2_midtraining": Stage(
+        "miniature_base", "stage1_alignment", 300, (TUNED, "data.sources.0.seed=12", "trainer.learning_rate=1e-3")
+    ),
+    "stage3_instruction": Stage(
+        "miniature_base",
+        "stage2_midtraining",
+        250,
+        (TUNED, "data.sources.0.seed=13", "data.sources.0.questions=all", "trainer.learning_rate=5e-4"),
+    ),
+    "stage4_refinement": Stage(
+        "miniature_base",
+        "stage3_instruction",
+        150,
+        (TUNED, "data.sources.0.seed=14", "data.sources.0.questions=all", "trainer.learning_rate=2e-4"),
+    ),
+    "regions": Stage("miniature_regions", "stage4_refinement", 150),
+    "regions_without_base": Stage("miniature_regions", None, 150, ("train.reset=[projector, regions]",)),
+}
+
+
+@dataclass
+class Miniature:
+    """A whole miniature.
+
+    Args:
+        folder: of all stages.
+        start: the model that lends vision tower and language model.
+        share: of every stage's steps that are run, to try things.
+        images: held-out scenes to score on.
+    """
+
+    folder: Path
+    start: str = "."
+    share: float = 1.0
+    images: int = 40
+
+    def config(self, name: str) -> RunConfig:
+        """The run of a stage."""
+        stage, folder = STAGES[name], self.folder / name
+        begin = self.start if stage.after is None else f"{self.folder}/{stage.after}/final"
+        steps = max(1, round(stage.steps * self.share))
+        places = (f"init_from={begin}", f"export_dir={folder}/final", f"trainer.output_dir={folder}", "resume=true")
+        return load_run_config(
+            CONFIGS / f"{stage.config}.yaml", [*places, f"trainer.max_steps={steps}", *stage.overrides]
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run and score everything that is not there yet; returns the scores by stage."""
+        self.lend()
+        results = {"lent_parts": self.score("lent_parts")}
+        for name in STAGES:
+            if not Path(self.folder, name, "final", "summary.json").is_file():
+                train(self.config(name))
+            results[name] = self.score(name)
+        return results
+
+    def lend(self) -> None:
+        """Save the start of stage 1: lent vision tower and language model, a fresh projector."""
+        target = self.folder / "lent_parts" / "final"
+        if not (target / "config.json").is_file():
+            set_seed(0)
+            register_auto_classes()
+            model, processor = build_model(self.config("stage1_alignment"))
+            export(model, processor, target, model.dtype)
+
+    def score(self, name: str) -> dict[str, Any]:
+        """Scores of a stage's checkpoint, loaded as users load it; kept beside it."""
+        folder = self.folder / name
+        path = folder / "scores.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+        model = AutoModel.from_pretrained(folder / "final", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
+        if model.config.region_conditioning == "none":
+            report = evaluate_conversations(model, processor, seed=1000, num_images=self.images, progress=True)
+            kept = ("exact", "per_kind", "num_questions")
+        else:
+            report = evaluate_scenes(model, processor, seed=1000, num_images=self.images, progress=True)
+            kept = ("average", "positive", "negative", "recognition", "exact", "num_regions")
+        scores = {key: report[key] for key in kept}
+        if (folder / "final" / "summary.json").is_file():
+            summary = json.loads((folder / "final" / "summary.json").read_text())
+            scores |= {key: summary[key] for key in ("steps", "batch_size", "loss")}
+            scores |= {"seconds": summary["speed"]["seconds"]}
+        write_json(path, scores)
+        return scores
+
+
+def table(results: dict[str, Any]) -> str:
+    """The scores as a Markdown table: answers and captions exactly right, and Avg, in percent."""
+    lines = ["| checkpoint | steps | minutes | answers right | list | Avg | recognition | captions right |"]
+    lines.append("| --- " * 8 + "|")
+    for name, row in results.items():
+        steps, minutes = row.get("steps", 0), row.get("seconds", 0) / 60
+        base = "per_kind" in row
+        cells = [row["exact"], row["per_kind"]["list"]] if base else [row["average"], row["recognition"], row["exact"]]
+        numbers = [f"{cell:.1f}" for cell in cells]
+        columns = [*numbers, *[""] * 3] if base else [*[""] * 2, *numbers]
+        lines.append(f"| {name} | {steps} | {minutes:.1f} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/miniature"), help="where all stages go")
+    parser.add_argument("--start", default=".", help="model that lends vision tower and language model")
+    parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps, to try things")
+    parser.add_argument("--images", type=int, default=40, help="held-out scenes to score on")
+    parser.add_argument("--json", type=Path, help="write the scores here")
+    options = parser.parse_args()
+    results = Miniature(options.folder, options.start, options.share, options.images).run()
+    print(table(results))
+    if options.json:
+        write_json(options.json, {"environment": environment(), "stages": results})
+
+
+if __name__ == "__main__":
+    main()
