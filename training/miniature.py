@@ -39,24 +39,24 @@ class Stage:
 
 
 STAGES = {
-    "stage1_alignment": Stage("miniature_base", None, 250),
+    "stage1_alignment": Stage("miniature_base", None, 150),
     "stage2_midtraining": Stage(
-        "miniature_base", "stage1_alignment", 300, (TUNED, "data.sources.0.seed=12", "trainer.learning_rate=1e-3")
+        "miniature_base", "stage1_alignment", 200, (TUNED, "data.sources.0.seed=12", "trainer.learning_rate=1e-3")
     ),
     "stage3_instruction": Stage(
         "miniature_base",
         "stage2_midtraining",
-        250,
+        120,
         (TUNED, "data.sources.0.seed=13", "data.sources.0.questions=all", "trainer.learning_rate=5e-4"),
     ),
     "stage4_refinement": Stage(
         "miniature_base",
         "stage3_instruction",
-        150,
+        80,
         (TUNED, "data.sources.0.seed=14", "data.sources.0.questions=all", "trainer.learning_rate=2e-4"),
     ),
-    "regions": Stage("miniature_regions", "stage4_refinement", 150),
-    "regions_without_base": Stage("miniature_regions", None, 150, ("train.reset=[projector, regions]",)),
+    "regions": Stage("miniature_regions", "stage4_refinement", 100),
+    "regions_without_base": Stage("miniature_regions", None, 100, ("train.reset=[projector, regions]",)),
 }
 
 
@@ -115,10 +115,10 @@ class Miniature:
         processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
         if model.config.region_conditioning == "none":
             report = evaluate_conversations(model, processor, seed=1000, num_images=self.images, progress=True)
-            kept = ("exact", "per_kind", "num_questions")
+            kept = ["exact", "per_kind", "num_questions"]
         else:
             report = evaluate_scenes(model, processor, seed=1000, num_images=self.images, progress=True)
-            kept = ("average", "positive", "negative", "recognition", "exact", "num_regions")
+            kept = ["average", "positive", "negative", "recognition", "exact", "num_regions"]
         scores = {key: report[key] for key in kept}
         if (folder / "final" / "summary.json").is_file():
             summary = json.loads((folder / "final" / "summary.json").read_text())

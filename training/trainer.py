@@ -61,7 +61,7 @@ class PerceptionDLMTrainer(Trainer):
     def create_optimizer(self, model=None):
         """The optimizer of `trainer.optim`, with a learning rate for each part."""
         model = self.model if model is None else model
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             decayed = set(self.get_decay_parameter_names(model))
             rates, rate = self.run.train.learning_rates, self.args.learning_rate
             groups = parameter_groups(model, decayed, self.args.weight_decay, rates, rate)
