@@ -122,6 +122,7 @@ def test_every_mask_is_seen_once_per_epoch_in_new_company(build, tmp_path):
         groups = [dataset[i]["captions"] for i in range(3)]
         assert sorted(caption for group in groups for caption in group) == [f"a red {i}" for i in range(9)]
         epochs.append({frozenset(group) for group in groups})
+        assert len({dataset[i]["noise_seed"] for i in range(4)}) == 4
     assert epochs[0] != epochs[1]
 
 

@@ -192,7 +192,7 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
     """A source by its kind."""
     if settings.is_drawn:
         return SceneSource(settings, answers)
-    key = f"{data.seed}/{settings.name}"
+    key = f"{data.seed}/{Path(settings.name).name}"  # the same wherever the set lies
     if settings.kind == "regions":
         return RegionSource(settings, answers, key, cache_dir)
     return ConversationSource(settings, answers, key)

@@ -91,7 +91,7 @@ class StreamingDataset(IterableDataset):
         while True:
             found = 0
             for row_place, row in self._rows(place, epoch, reader, readers):
-                seed = f"{epoch}/{self.data.seed}/{settings.name}/{row_place}"
+                seed = f"{epoch}/{self.data.seed}/{Path(settings.name).name}/{row_place}"
                 read += 1
                 try:
                     lengths = measure_row(row, settings, self.answers).lengths
