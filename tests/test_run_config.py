@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from perceptiondlm.scripts.cli import main as command
 from perceptiondlm.training.config import RunConfig, load_run_config
@@ -121,6 +122,18 @@ def test_wrong_settings_end_the_command_with_one_line(capsys):
     error = capsys.readouterr().err
     assert error.startswith("training stopped: unknown setting 'trainer.max_stepz'")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configurations_are_read_and_name_layers_that_exist(path, tiny_model):
+    config = load_config_from_file(str(path))
+    processes = {"one_gpu": 1, "two_cpu_processes": 2, "nodes_zero2": 32}.get(path.stem, 8)
+    assert (config.num_processes, config.num_machines) == (processes, 4 if processes == 32 else 1)
+    layers = (config.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap", "")
+    classes = {type(module).__name__ for module in tiny_model().modules()}
+    assert {name for name in layers.split(",") if name} <= classes
+    stage = (config.deepspeed_config or {}).get("zero_stage")
+    assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
 
 
 # --- planner --------------------------------------------------------------------------------------------------------

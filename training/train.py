@@ -49,6 +49,8 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
             )
         settings["gradient_accumulation_steps"] = run.batch_size // share
     arguments = TrainingArguments(**settings)
+    if arguments.n_gpu > 1:
+        raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
     if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
         samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
         arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
