@@ -11,8 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from perceptiondlm.processing_perceptiondlm import CHAT_TEMPLATE
+from perceptiondlm.scripts.conversion.layouts import BASE_CHAT_TEMPLATE, LLADA_CHAT_TEMPLATE
 from perceptiondlm.training.collator import AnswerCollator
+from perceptiondlm.training.conversations import split_turns
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.mixture import build_dataset
 
@@ -128,6 +132,24 @@ def test_the_sequence_is_the_chat_with_only_the_answer_to_learn(build, base, tmp
     )
     marked = [i for i, m in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if m]
     assert processor.tokenizer.decode(marked) == "two<|eot_id|>a red one and a blue one<|eot_id|>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, BASE_CHAT_TEMPLATE, LLADA_CHAT_TEMPLATE])
+def test_every_chat_template_marks_its_answers(template):
+    """In each, the answer begins where generation would, and what is before it holds the earlier turns."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many cats?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        {"role": "user", "content": "What color?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    turns = split_turns(messages, template)
+    assert [(turn.answer, turn.num_images) for turn in turns] == [("two", 1), ("red", 1)]
+    for turn, before in zip(turns, (1, 3), strict=True):
+        rendered, _ = render_jinja_template([messages[:before]], chat_template=template, add_generation_prompt=True)
+        assert turn.prompt == rendered[0]
+    with pytest.raises(ValueError, match="marks 0 of 2 answers"):
+        split_turns(messages, template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
 
 
 def test_answers_take_whole_multiples_of_slots(build, base, tmp_path):

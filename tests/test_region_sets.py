@@ -97,7 +97,7 @@ def test_large_files_are_read_record_by_record(build, tmp_path):
     content = (tmp_path / "set.json").read_bytes()
     (tmp_path / "set.json").write_bytes(b"#" * start + content[start:end] + b"#" * (len(content) - end))
     assert len(dataset[1]["masks"]) == 2
-    with pytest.raises(RuntimeError, match=r"set\.json, record 2 was fine before the run"):
+    with pytest.raises(OSError, match=r"set\.json, record 2 was fine before the run"):
         dataset[2]
 
 

@@ -114,7 +114,7 @@ class MixtureDataset(Dataset):
         try:
             sample = source.sample(record, unit, seed)
         except BadRecord as error:
-            raise RuntimeError(f"{source.place(record)} was fine before the run and is not now: {error}") from error
+            raise OSError(f"{source.place(record)} was fine before the run and is not now: {error}") from error
         sample["noise_seed"] = seed + f":{unit}" * (unit > 0)
         return sample | {"coarse": self.epoch < self.coarse_epochs, "filler": filler}
 
