@@ -398,7 +398,9 @@ def test_region_stage_adds_its_parts_to_a_base_model_and_trains_everything(tmp_p
 def test_parts_can_start_anew(tmp_path, base_checkpoint):
     sources = "[{kind: scene_conversations, seed: 1, samples: 4}]"
     overrides = [f"init_from={base_checkpoint}", "model={}", f"data.sources={sources}", "train.parts=[projector]"]
-    kept = make_trainer(miniature(tmp_path, *overrides)).model.state_dict()
+    start = make_trainer(miniature(tmp_path, *overrides, "model={text_config: {attention_dropout: 0.1}}")).model
+    assert start.config.text_config.attention_dropout == 0.1  # a change; the rest of the section is the checkpoint's
+    kept = start.state_dict()
     anew = make_trainer(miniature(tmp_path, *overrides, "train.reset=[projector]")).model.state_dict()
     before = weights(base_checkpoint)
     assert all(torch.equal(kept[name], before[name]) for name in before)

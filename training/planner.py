@@ -15,7 +15,7 @@ from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConf
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.modules import count_parameters, prepare_parts
-from perceptiondlm.training.start import model_settings
+from perceptiondlm.training.start import changed, model_settings
 
 
 SHARDINGS = ("ddp", "zero2", "fsdp")
@@ -119,7 +119,7 @@ def planned_config(run: RunConfig) -> PerceptionDLMConfig:
     """The model's config: that of `init_from` if it is there, or else of the preset or the sizes given."""
     if run.init_from and Path(run.init_from, "config.json").is_file():
         base = PerceptionDLMConfig.from_pretrained(run.init_from).to_dict()
-        return PerceptionDLMConfig.from_dict({**base, **run.model})
+        return PerceptionDLMConfig.from_dict(changed(base, run.model))
     if run.preset is None and run.init_from is not None:
         raise ValueError(f"init_from {run.init_from} is not there: name a preset to plan with, {sorted(PRESETS)}")
     settings = model_settings(run)

@@ -46,11 +46,16 @@ def build_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> P
 
 
 def model_settings(run: RunConfig) -> dict[str, Any]:
-    """Keyword arguments of a new model's config: the preset's, replaced by `model`'s, section by section."""
-    settings = copy.deepcopy(PRESETS[run.preset]) if run.preset else {}
-    for name, value in run.model.items():
-        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
-    return settings
+    """Keyword arguments of a new model's config: the preset's, replaced by `model`'s."""
+    return changed(PRESETS[run.preset] if run.preset else {}, run.model)
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a config with changes, sub-configs entry by entry."""
+    result = copy.deepcopy(settings)
+    for name, value in changes.items():
+        result[name] = {**result.get(name, {}), **value} if isinstance(value, dict) else value
+    return result
 
 
 def fresh_model(run: RunConfig) -> Start:
@@ -85,8 +90,8 @@ def model_from_checkpoint(run: RunConfig, source: str) -> Start:
         recipe = added_regions(run, folder, config, conditioning)
         config, tokenizer = recipe.config, recipe.tokenizer
         generation = PerceptionDLMGenerationConfig(**recipe.generation)
-    fields = {**config.to_dict(), **run.model}
-    model = load_weights(folder, PerceptionDLMConfig.from_dict(fields), tuple(run.train.reset), source)
+    config = PerceptionDLMConfig.from_dict(changed(config.to_dict(), run.model))
+    model = load_weights(folder, config, tuple(run.train.reset), source)
     model.generation_config = generation
     fresh_processor = PerceptionDLMProcessor.from_config(
         model.config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
