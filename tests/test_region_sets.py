@@ -192,6 +192,8 @@ BAD_RECORDS = {
     "a caption that is no text": ({**flat(1), "captions": [3]}, "a caption is 3"),
     "another size": ({**flat(1), "mask_rles": [{**rle(0), "size": [4, 4]}]}, "4 x 4"),
     "wrong keys": ({"picture": "a.png", "mask": rle(0)}, "mask_rles and captions"),
+    "no annotations": ({"image": "a.png", "annotations": None}, "or no masks"),
+    "masks that are no list": ({**flat(1), "mask_rles": 3}, "or no masks"),
     "no object": ([1, 2], "a list"),
 }
 

@@ -113,9 +113,9 @@ def read_entry(entry: Any) -> tuple[Any, list, list[str]]:
     masks, captions = entry.get("mask_rles"), entry.get("captions")
     masks = [masks] if isinstance(masks, dict) else masks
     if "annotations" in entry:
-        items = [item for item in entry["annotations"] if isinstance(item, dict)]
+        items = [item for item in entry["annotations"] or [] if isinstance(item, dict)]
         masks, captions = [item.get("segmentation") for item in items], [item.get("caption") for item in items]
-    if image is None or not masks or not captions:
+    if image is None or not masks or not (isinstance(masks, list) and isinstance(captions, list)):
         accepted = "image, image_file or image_path with mask_rles and captions, or with annotations"
         raise BadRecord(f"a record has the keys {sorted(entry)}, or no masks; accepted: {accepted}")
     if len(masks) != len(captions):

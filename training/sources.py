@@ -10,7 +10,6 @@ to which the mixture adds `noise_seed`, `coarse` and `filler`. The collator make
 """
 
 import base64
-import binascii
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import END_OF_TURN, PerceptionDLMProcessor
-from perceptiondlm.regions_perceptiondlm import load_image
+from perceptiondlm.regions_perceptiondlm import UNREADABLE, load_image
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
 
 
@@ -188,5 +187,5 @@ def open_image(value: Any, root: Path, name: str) -> Image.Image:
         return load_image(value, name=name)
     except UnidentifiedImageError as error:
         raise BadRecord(f"{name} is no image ({len(value)} bytes)") from error
-    except (OSError, ValueError, TypeError, binascii.Error) as error:
+    except (*UNREADABLE, TypeError) as error:
         raise BadRecord(str(error)) from error
