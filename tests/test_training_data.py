@@ -18,6 +18,7 @@ from perceptiondlm.training.mixture import build_dataset
 from perceptiondlm.training.noise import stratified_noise
 from perceptiondlm.training.sampling import LengthGroupedBatches, grouped_batches, padding_report, padding_share
 from perceptiondlm.training.scenes import draw_scene
+from perceptiondlm.training.train import trainer_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,12 @@ def test_sources_stream_all_or_none():
     stream = SourceConfig("conversations", hub="a/b", streaming=True, samples=3)
     with pytest.raises(ValueError, match=r"all data\.sources stream or none"):
         DataConfig([stream, SourceConfig("scenes", samples=3)])
+
+
+@pytest.mark.parametrize("name", ["dataloader_persistent_workers", "dataloader_drop_last"])
+def test_trainer_settings_that_break_the_order_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        trainer_arguments(load_run_config(RECIPE, [f"trainer.{name}=true"]))
 
 
 # --- the recipe of the embedded model -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class SourceConfig:
         streaming: read `conversations` from front to back instead of by row (sets too large to read over first).
         image_root: folder that the image paths of a set are relative to; default: the folder of its file.
         turns: of a conversation, `one` turn drawn per epoch, or `all` turns, each a sample; earlier turns are context.
+            An epoch of a stream is as many samples as `samples`, hence every row once with `one` turn alone.
         seed: of the drawn world.
         conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
         questions: of `scene_conversations`, `all`, or only those that `list` the objects, which are captions.

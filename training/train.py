@@ -37,9 +37,19 @@ from perceptiondlm.training.trainer import PerceptionDLMTrainer
 TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": True, "report_to": "none"}
 
 
+# What would break the order of samples, and why.
+UNSUPPORTED = {
+    "dataloader_persistent_workers": "keeps workers that never hear of the next epoch",
+    "dataloader_drop_last": "loses samples: the last batches are filled instead",
+}
+
+
 def trainer_arguments(run: RunConfig) -> TrainingArguments:
     """The HF Trainer's arguments, with as many passes per step as `batch_size` needs on this many processes."""
     settings = {**TRAINER_DEFAULTS, **run.trainer}
+    for name, reason in UNSUPPORTED.items():
+        if settings.get(name):
+            raise ValueError(f"trainer.{name} {reason}")
     if run.batch_size is not None:
         share = settings.get("per_device_train_batch_size", 8) * int(os.environ.get("WORLD_SIZE", "1"))
         if run.batch_size % share:
