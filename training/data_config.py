@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions")
 TURNS = ("one", "all")
-QUESTIONS = ("all", "list")
 NOISE_LEVELS = ("region", "sample")
 WEIGHTINGS = ("elbo", "masked", "released")
 
@@ -37,7 +36,6 @@ class SourceConfig:
             An epoch of a stream is as many samples as `samples`, hence every row once with `one` turn alone.
         seed: of the drawn world.
         conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
-        questions: of `scene_conversations`, `all`, or only those that `list` the objects, which are captions.
 
     Raises:
         ValueError: naming the setting, its value and what is accepted.
@@ -54,11 +52,9 @@ class SourceConfig:
     turns: str = "one"
     seed: int = 1
     conversation_share: float = 0.0
-    questions: str = "all"
 
     def __post_init__(self):
         _check_choice("sources.kind", self.kind, SOURCE_KINDS)
-        _check_choice("sources.questions", self.questions, QUESTIONS)
         _check_choice("sources.turns", self.turns, TURNS)
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"sources.samples must be at least 1, got {self.samples}")

@@ -73,7 +73,7 @@ class HeldOutEvaluation(TrainerCallback):
             report = evaluate_scenes(model, processor, source.seed, len(self.samples))
             return {f"scenes_{name}": round(report[name], 2) for name in SCENE_SCORES}
         if source.kind == "scene_conversations":
-            report = evaluate_conversations(model, processor, source.seed, len(self.samples))
+            report = evaluate_conversations(model, processor, source.kind, source.seed, len(self.samples))
             per_kind = {f"conversations_{kind}": round(value, 2) for kind, value in report["per_kind"].items()}
             return {"conversations_exact": round(report["exact"], 2), **per_kind}
         return {"held_out_loss": round(self.loss(model), 4)}

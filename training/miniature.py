@@ -2,9 +2,9 @@
 
     python -m perceptiondlm.training.miniature            # or `make miniature`: about 25 minutes on two cores
 
-Every stage's checkpoint is scored on held-out scenes: base models by the share of questions they answer exactly, region
-models by the protocol of ParaDLC-Bench. A region stage without the base stages before it shows what these bought.
-Stages that are finished are not run again; an interrupted one continues.
+Every stage's checkpoint is scored on a world it never saw: base models by the share of questions about objects that
+they answer exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages before it
+shows what these bought. Stages that are finished are not run again; an interrupted one continues.
 """
 
 import argparse
@@ -20,43 +20,51 @@ from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.scenes import evaluate_scenes
 from perceptiondlm.training.checkpoint import export, register_auto_classes
 from perceptiondlm.training.config import RunConfig, load_run_config
+from perceptiondlm.training.object_sets import KINDS, write_set
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.train import train, write_json
 
 
 CONFIGS = Path(__file__).parent / "configs"
-TUNED = "train={parts: [projector, language_model]}"
 
 
 @dataclass
 class Stage:
-    """One run: its config file, the stage it starts from (None: the lent parts), and what it changes in the file."""
+    """One run.
+
+    Args:
+        config: its file.
+        after: the stage it starts from; None: the lent parts.
+        steps: optimizer steps.
+        kinds: of questions about objects that it trains on, see `object_sets`; none: the file's own data.
+        overrides: what it changes in the file.
+    """
 
     config: str
     after: str | None
     steps: int
+    kinds: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
 
 
+TUNED = "train={parts: [projector, language_model]}"
 STAGES = {
-    "stage1_alignment": Stage("miniature_base", None, 150),
+    "stage1_alignment": Stage("miniature_base", None, 150, ("name",)),
     "stage2_midtraining": Stage(
-        "miniature_base", "stage1_alignment", 200, (TUNED, "data.sources.0.seed=12", "trainer.learning_rate=1e-3")
+        "miniature_base", "stage1_alignment", 200, ("name", "detail"), (TUNED, "trainer.learning_rate=5e-4")
     ),
     "stage3_instruction": Stage(
         "miniature_base",
         "stage2_midtraining",
-        120,
-        (TUNED, "data.sources.0.seed=13", "data.sources.0.questions=all", "trainer.learning_rate=5e-4"),
+        150,
+        ("name", "color", "pattern", "part"),
+        (TUNED, "trainer.learning_rate=5e-4"),
     ),
     "stage4_refinement": Stage(
-        "miniature_base",
-        "stage3_instruction",
-        80,
-        (TUNED, "data.sources.0.seed=14", "data.sources.0.questions=all", "trainer.learning_rate=2e-4"),
+        "miniature_base", "stage3_instruction", 100, KINDS, (TUNED, "trainer.learning_rate=3e-4")
     ),
     "regions": Stage("miniature_regions", "stage4_refinement", 100),
-    "regions_without_base": Stage("miniature_regions", None, 100, ("train.reset=[projector, regions]",)),
+    "regions_without_base": Stage("miniature_regions", None, 100, (), ("train.reset=[projector, regions]",)),
 }
 
 
@@ -81,10 +89,19 @@ class Miniature:
         stage, folder = STAGES[name], self.folder / name
         begin = self.start if stage.after is None else f"{self.folder}/{stage.after}/final"
         steps = max(1, round(stage.steps * self.share))
-        places = (f"init_from={begin}", f"export_dir={folder}/final", f"trainer.output_dir={folder}", "resume=true")
-        return load_run_config(
-            CONFIGS / f"{stage.config}.yaml", [*places, f"trainer.max_steps={steps}", *stage.overrides]
-        )
+        settings = [f"init_from={begin}", f"export_dir={folder}/final", f"trainer.output_dir={folder}", "resume=true"]
+        settings += [f"trainer.max_steps={steps}", *stage.overrides]
+        if stage.kinds:
+            settings.append(f"data.sources=[{{kind: conversations, path: {folder}/set}}]")
+        return load_run_config(CONFIGS / f"{stage.config}.yaml", settings)
+
+    def train(self, name: str) -> None:
+        """Run a stage, on objects of a world of its own, every one seen about once."""
+        run = self.config(name)
+        if STAGES[name].kinds:
+            rows = run.trainer["max_steps"] * run.trainer["per_device_train_batch_size"]
+            write_set(self.folder / name / "set", 10 + list(STAGES).index(name), rows, STAGES[name].kinds)
+        train(run)
 
     def run(self) -> dict[str, Any]:
         """Run and score everything that is not there yet; returns the scores by stage."""
@@ -92,7 +109,7 @@ class Miniature:
         results = {"lent_parts": self.score("lent_parts")}
         for name in STAGES:
             if not Path(self.folder, name, "final", "summary.json").is_file():
-                train(self.config(name))
+                self.train(name)
             results[name] = self.score(name)
         return results
 
@@ -114,10 +131,10 @@ class Miniature:
         model = AutoModel.from_pretrained(folder / "final", trust_remote_code=True)
         processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
         if model.config.region_conditioning == "none":
-            report = evaluate_conversations(model, processor, seed=1000, num_images=self.images, progress=True)
+            report = evaluate_conversations(model, processor, "objects", 1000, self.images, progress=True)
             kept = ["exact", "per_kind", "num_questions"]
         else:
-            report = evaluate_scenes(model, processor, seed=1000, num_images=self.images, progress=True)
+            report = evaluate_scenes(model, processor, 1000, self.images, progress=True)
             kept = ["average", "positive", "negative", "recognition", "exact", "num_regions"]
         scores = {key: report[key] for key in kept}
         if (folder / "final" / "summary.json").is_file():
@@ -130,12 +147,12 @@ class Miniature:
 
 def table(results: dict[str, Any]) -> str:
     """The scores as a Markdown table: answers and captions exactly right, and Avg, in percent."""
-    lines = ["| checkpoint | steps | minutes | answers right | list | Avg | recognition | captions right |"]
+    lines = ["| checkpoint | steps | minutes | answers right | names | Avg | recognition | captions right |"]
     lines.append("| --- " * 8 + "|")
     for name, row in results.items():
         steps, minutes = row.get("steps", 0), row.get("seconds", 0) / 60
         base = "per_kind" in row
-        cells = [row["exact"], row["per_kind"]["list"]] if base else [row["average"], row["recognition"], row["exact"]]
+        cells = [row["exact"], row["per_kind"]["name"]] if base else [row["average"], row["recognition"], row["exact"]]
         numbers = [f"{cell:.1f}" for cell in cells]
         columns = [*numbers, *[""] * 3] if base else [*[""] * 2, *numbers]
         lines.append(f"| {name} | {steps} | {minutes:.1f} | " + " | ".join(columns) + " |")

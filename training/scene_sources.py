@@ -17,7 +17,6 @@ class SceneSource(Source):
     def __init__(self, config: SourceConfig, answers: AnswerFormat):
         self.seed, self.num_scenes, self.answers = config.seed, config.samples or 0, answers
         self.share = 1.0 if config.kind == "scene_conversations" else config.conversation_share
-        self.questions = config.questions
         self.key = str(config.seed)
 
     def __len__(self) -> int:
@@ -42,8 +41,6 @@ class SceneSource(Source):
 
     def _question(self, scene: Scene, seed: str) -> dict[str, Any]:
         turns = scene_conversation(scene)
-        if self.questions == "list":
-            turns = [turn for turn in turns if turn[0].startswith("List")]
         question, answer = turns[int(random.Random(f"question/{seed}").random() * len(turns))]
         return {"images": [scene.image], "prompt": question, "answer": answer}
 
