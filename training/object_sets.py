@@ -44,8 +44,8 @@ def cut(scene: Scene, item: SceneObject) -> Image.Image:
     half = (0.5 + MARGIN) * max(x1 - x0, y1 - y0)
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     width, height = scene.image.size
-    box = (max(0, x - half), max(0, y - half), min(width, x + half), min(height, y + half))
-    return scene.image.crop(tuple(round(edge) for edge in box))
+    left, top = round(max(0, x - half)), round(max(0, y - half))
+    return scene.image.crop((left, top, round(min(width, x + half)), round(min(height, y + half))))
 
 
 def drawn_objects(seed: int, count: int) -> Iterator[tuple[Scene, SceneObject]]:
