@@ -49,22 +49,22 @@ class Stage:
 
 TUNED = "train={parts: [projector, language_model]}"
 STAGES = {
-    "stage1_alignment": Stage("miniature_base", None, 150, ("name",)),
+    "stage1_alignment": Stage("miniature_base", None, 300, ("name",)),
     "stage2_midtraining": Stage(
-        "miniature_base", "stage1_alignment", 200, ("name", "detail"), (TUNED, "trainer.learning_rate=5e-4")
+        "miniature_base", "stage1_alignment", 600, ("name", "detail"), (TUNED, "trainer.learning_rate=1e-3")
     ),
     "stage3_instruction": Stage(
         "miniature_base",
         "stage2_midtraining",
-        150,
+        300,
         ("name", "color", "pattern", "part"),
         (TUNED, "trainer.learning_rate=5e-4"),
     ),
     "stage4_refinement": Stage(
-        "miniature_base", "stage3_instruction", 100, KINDS, (TUNED, "trainer.learning_rate=3e-4")
+        "miniature_base", "stage3_instruction", 250, KINDS, (TUNED, "trainer.learning_rate=3e-4")
     ),
-    "regions": Stage("miniature_regions", "stage4_refinement", 100),
-    "regions_without_base": Stage("miniature_regions", None, 100, (), ("train.reset=[projector, regions]",)),
+    "regions": Stage("miniature_regions", "stage4_refinement", 200),
+    "regions_without_base": Stage("miniature_regions", None, 200, (), ("train.reset=[projector, regions]",)),
 }
 
 
