@@ -204,8 +204,8 @@ class AnswerLayout:
         return torch.cat(parts, dim=1)
 
     def enclose_labels(self, labels_AG: torch.Tensor) -> torch.Tensor:
-        """Labels of whole blocks (A, W), -100 where a block has no token."""
-        exists_AW = self.pick(self.roles.role) != PAD
+        """Labels of whole blocks (A, W), -100 where a block has no token, and throughout a block without slots."""
+        exists_AW = (self.pick(self.roles.role) != PAD) & (labels_AG != -100).any(dim=1, keepdim=True)
         return self.enclose(labels_AG).masked_fill(~exists_AW, -100)
 
     def token_ids(self, blocks_AW: torch.Tensor) -> torch.Tensor:

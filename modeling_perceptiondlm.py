@@ -38,11 +38,14 @@ class PerceptionDLMOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, when `labels` are given): equation 2 of the paper.
         logits (`torch.FloatTensor` of shape `(A, G, V)`): scores for every slot of every answer.
         masked (`torch.BoolTensor` of shape `(A, G)`, when `labels` are given): the slots that the noise masked.
+        token_losses (`torch.FloatTensor` of shape `(A, G)`, when `labels` are given): their negative log-likelihoods, 0
+            elsewhere; no gradient flows through these.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     masked: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
 
 
 class PromptedSiglipVisionModel(SiglipVisionModel):
@@ -203,22 +206,30 @@ def noise_answers(
     return torch.where(masked | ~supervised, mask_token_id, labels_AG), masked
 
 
-def masked_diffusion_loss(logits_AGV, labels_AG, masked_AG, mask_probability_A1, weighting: str = "elbo"):
-    """Equation 2: cross-entropy of the masked tokens, in fp32.
+def token_losses(logits_AGV: torch.Tensor, labels_AG: torch.Tensor, masked_AG: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the clean token in every masked slot, (A, G) in fp32, 0 elsewhere."""
+    nll = F.cross_entropy(logits_AGV[masked_AG].float(), labels_AG[masked_AG], reduction="none")
+    return torch.zeros(masked_AG.shape, device=nll.device).masked_scatter(masked_AG, nll)
+
+
+def masked_diffusion_loss(
+    nll_AG, labels_AG, masked_AG, mask_probability_A1, weighting: str = "elbo", num_items: torch.Tensor | None = None
+):
+    """Equation 2 from the `token_losses` of the masked tokens.
 
     Args:
-        weighting: `"elbo"` weighs a token by 1/p and divides by the number of supervised tokens (the paper and the
-            released code); `"masked"` averages over the masked tokens, which bounds the weight (lower variance).
+        weighting: `"elbo"` and `"released"` weigh a token by 1/p and divide by the number of supervised tokens (the
+            paper and the released code); `"masked"` averages over the masked tokens, which bounds the weight (lower
+            variance).
+        num_items: what to divide by instead, for a batch that is spread over passes and processes.
     """
-    # 1. negative log-likelihood of the clean token in every masked slot
-    nll = F.cross_entropy(logits_AGV[masked_AG].float(), labels_AG[masked_AG], reduction="none")
-    # 2. weight and normalise
-    if weighting == "elbo":
-        weights = (1.0 / mask_probability_A1).expand_as(labels_AG)[masked_AG]
-        return (nll * weights).sum() / (labels_AG != -100).sum().clamp(min=1)
+    if weighting not in ("elbo", "masked", "released"):
+        raise ValueError(f"unknown loss weighting {weighting!r}, known are 'elbo', 'masked' and 'released'")
     if weighting == "masked":
-        return nll.sum() / masked_AG.sum().clamp(min=1)
-    raise ValueError(f"unknown loss weighting {weighting!r}, known are 'elbo' and 'masked'")
+        total, items = nll_AG.sum(), masked_AG.sum()
+    else:
+        total, items = (nll_AG / mask_probability_A1).sum(), (labels_AG != -100).sum()
+    return total / (items.clamp(min=1) if num_items is None else num_items)
 
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
@@ -321,6 +332,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         mask_probability: torch.Tensor | None = None,
         answer_noise: torch.Tensor | None = None,
         loss_weighting: str = "elbo",
+        num_items: torch.Tensor | None = None,
     ) -> PerceptionDLMOutput:
         """Score the slots of every answer; with `labels`, noise them and return the loss of equation 2.
 
@@ -329,12 +341,12 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
         Args:
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
-            labels: (A, G) clean ids, -100 where not supervised. A may be a multiple of the number of regions: answers
-                of one region then stand next to each other.
+            labels: (A, G) clean ids, -100 behind the end of an answer: those slots do not exist. A may be a multiple of
+                the number of regions: answers of one region then stand next to each other.
             mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
             answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out. With
                 `supervise_markers` (A, W), whole blocks, and so are the output's logits and masked tokens.
-            loss_weighting: see `masked_diffusion_loss`.
+            loss_weighting, num_items: see `masked_diffusion_loss`.
         """
         if (answer_ids is None) == (labels is None):
             raise ValueError(
@@ -351,8 +363,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             layout = self.lay_out_answers(prompt, answer_ids.shape[0], answer_ids.shape[1])
             return PerceptionDLMOutput(logits=self.score_answers(prompt, layout, answer_ids))
         # 2. noise the clean answers (equation 1)
-        lengths_A = (labels != -100).sum(dim=1) if self.config.supervise_markers else None
-        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], lengths_A)
+        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], (labels != -100).sum(dim=1))
         if self.config.supervise_markers:
             labels = layout.enclose_labels(labels)
         if mask_probability is None:
@@ -363,8 +374,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         # 3. denoise all answers in one pass
         logits = self.score_answers(prompt, layout, noised)
         # 4. loss (equation 2)
-        loss = masked_diffusion_loss(logits, labels, masked, mask_probability, loss_weighting)
-        return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked)
+        nll = token_losses(logits, labels, masked)
+        loss = masked_diffusion_loss(nll, labels, masked, mask_probability, loss_weighting, num_items)
+        return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked, token_losses=nll.detach())
 
     def embed_prompt(
         self,

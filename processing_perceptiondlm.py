@@ -39,15 +39,31 @@ MASK_TOKEN, END_OF_TURN, END_OF_TEXT = "<|mdm_mask|>", "<|eot_id|>", "<|endoftex
 START_HEADER = "<|start_header_id|>"
 MASK_SAMPLINGS = ("area", "nearest")
 
-# LLaDA's chat format. Images stand where the message puts them; an assistant header is opened on request.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<img><IMG_CONTEXT></img>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n{% endif %}"
-)
+
+def chat_template(start: str = "", after_header: str = "\n", after_image: str = "", after_turn: str = "\n") -> str:
+    """A Jinja template in LLaDA's chat format, with what stands at the start, after a header, an image and a turn.
+
+    Images stand where the message puts them; an assistant header is opened on request. `generation` marks what the
+    assistant says: `return_assistant_tokens_mask` and training find the answers by it.
+    """
+    image = f"<img><IMG_CONTEXT></img>{after_image}"
+    header = "<|start_header_id|>{}<|end_header_id|>{{{{ {!r} }}}}"
+    return (
+        "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+        f"{{% if part['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        "{% endfor %}{% endif %}{% endmacro %}"
+        + start
+        + "{% for message in messages %}"
+        + header.format("{{ message['role'] }}", after_header)
+        + "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ body(message['content']) }}<|eot_id|>{% endgeneration %}"
+        "{% else %}{{ body(message['content']) }}<|eot_id|>{% endif %}"
+        f"{{{{ {after_turn!r} }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}" + header.format("assistant", after_header) + "{% endif %}"
+    )
+
+
+CHAT_TEMPLATE = chat_template()
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
@@ -387,6 +403,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
         counts = iter(num_tiles(grid) * self.tokens_per_tile for grid in grids)
         return [token for i in ids for token in ([i] * next(counts) if i == image_token else [i])]
 
+    def region_text_length(self) -> int:
+        """Tokens of the fixed text of a region prompt, its turns and the question."""
+        before, after = self._region_prompt(self.region_question)
+        return len(before) - 1 + len(after)  # the image's placeholder is not text
+
     def prompt_length(self, size: tuple[int, int], num_regions: int, max_tiles: int | None = None) -> int:
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
         grid = self._grid(size, max_tiles)
@@ -493,20 +514,31 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     # --- answers --------------------------------------------------------------------------------------------------
 
-    def encode_answers(self, answers: Sequence[str], num_slots: int) -> torch.Tensor:
-        """Answers as training targets: (A, num_slots) ids, each ended by the end-of-turn token and filled with
-        end-of-text tokens. Raises `ValueError` naming an answer that is too long or empty."""
+    def encode_answers(
+        self, answers: Sequence[str], num_slots: int, max_slots: int | None = None, cut: bool = False
+    ) -> torch.Tensor:
+        """Answers as training targets, each ended by the end-of-turn token and filled with end-of-text tokens.
+
+        Args:
+            num_slots: an answer takes the smallest multiple of this many slots that holds it and its end.
+            max_slots: most slots of an answer, by default `num_slots`; one that fills them has no end.
+            cut: shorten longer answers instead of refusing them.
+        Returns:
+            (A, G) ids, G the most slots of any answer; -100 behind the slots of the others.
+        Raises:
+            ValueError: naming an answer that is too long or empty.
+        """
+        limit = max_slots or num_slots
         end, fill = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-        targets = torch.full((len(answers), num_slots), fill)
+        targets = []
         for index, answer in enumerate(answers):
             ids = self._tokenize(answer)
-            if not ids or len(ids) > num_slots:
-                raise ValueError(
-                    f"answer {index} has {len(ids)} tokens, accepted are 1 to {num_slots}: {answer[:80]!r}"
-                )
-            ids = [*ids, end][:num_slots]
-            targets[index, : len(ids)] = torch.tensor(ids)
-        return targets
+            if not ids or (len(ids) > limit and not cut):
+                raise ValueError(f"answer {index} has {len(ids)} tokens, accepted are 1 to {limit}: {answer[:80]!r}")
+            slots = min(-(-(len(ids) + 1) // num_slots) * num_slots, limit)
+            ids = [*ids, end][:slots]
+            targets.append(torch.tensor(ids + [fill] * (slots - len(ids))))
+        return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
 
     def decode_answers(self, output) -> list[dict[str, Any]]:
         """Every answer's text up to its end token and its score, the mean probability of the tokens it is made of.

@@ -5,7 +5,7 @@ import sys
 from types import ModuleType
 
 from perceptiondlm.evaluation.judges_chat import JudgeError
-from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate, judge_answers
+from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate, judge_answers, plan
 
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "evaluate": (evaluate, "score a model, or captions from elsewhere, on a benchmark"),
     "compare": (compare, "results of several systems or judges side by side"),
     "judge-answers": (judge_answers, "judge short answers strictly, from sample logs of lmms-eval"),
+    "plan": (plan, "estimate memory, steps and days of a training run"),
     "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
 }
 

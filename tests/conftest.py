@@ -9,8 +9,8 @@ import torch
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.scenes import draw_scene
+from perceptiondlm.training.start import build_config
 from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
-from perceptiondlm.training.train import build_config
 
 
 TINY_VISION = {

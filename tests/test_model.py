@@ -21,8 +21,9 @@ from perceptiondlm.modeling_perceptiondlm import (
     pixel_unshuffle,
     roi_align,
     scatter_features,
+    token_losses,
 )
-from perceptiondlm.training.data import stratified_noise
+from perceptiondlm.training.noise import stratified_noise
 
 
 CONDITIONINGS = ("replay", "vision")
@@ -498,15 +499,18 @@ def test_loss_is_equation_2(weighting):
                 total += nll / float(p[a, 0]) if weighting == "elbo" else nll
                 count += 1
     expected = total / (supervised if weighting == "elbo" else count)
-    assert float(masked_diffusion_loss(logits, labels, masked, p, weighting)) == pytest.approx(expected, rel=1e-5)
+    nll = token_losses(logits, labels, masked)
+    assert float(masked_diffusion_loss(nll, labels, masked, p, weighting)) == pytest.approx(expected, rel=1e-5)
+    assert float(masked_diffusion_loss(nll, labels, masked, p, weighting, num_items=50)) == pytest.approx(
+        expected * (supervised if weighting == "elbo" else count) / 50, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("weighting", ["elbo", "masked"])
 def test_loss_without_a_masked_token_is_zero(weighting):
     labels, p, _, logits = noise_case()
-    loss = masked_diffusion_loss(
-        logits.requires_grad_(), labels, torch.zeros_like(labels, dtype=torch.bool), p, weighting
-    )
+    nothing = torch.zeros_like(labels, dtype=torch.bool)
+    loss = masked_diffusion_loss(token_losses(logits.requires_grad_(), labels, nothing), labels, nothing, p, weighting)
     loss.backward()
     assert loss.item() == 0.0
     assert not logits.grad.any()
@@ -515,7 +519,7 @@ def test_loss_without_a_masked_token_is_zero(weighting):
 def test_unknown_weighting_is_refused():
     labels, p, _, logits = noise_case()
     with pytest.raises(ValueError, match=r"'mean'.*'elbo'.*'masked'"):
-        masked_diffusion_loss(logits, labels, labels > 0, p, "mean")
+        masked_diffusion_loss(token_losses(logits, labels, labels > 0), labels, labels > 0, p, "mean")
 
 
 def test_forward_reports_loss_and_mask_of_its_noise(tiny_model, tiny_processor, scene):

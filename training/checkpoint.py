@@ -1,8 +1,12 @@
-"""Writing checkpoints that stand alone: weights, configs, tokenizer and the code that reads them, in one directory."""
+"""Checkpoints that stand alone: weights, configs, tokenizer, the code that reads them and a card, in one directory."""
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -22,6 +26,8 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+SPARE_BYTES = 64 * 2**20  # room for tokenizer, code and configs
 
 
 def register_auto_classes() -> None:
@@ -43,10 +49,38 @@ def export(
     processor: PerceptionDLMProcessor,
     folder: str | Path,
     dtype: torch.dtype,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Save a self-contained checkpoint. Weights are stored as `dtype`, but load in the model's own dtype by default."""
+    """Save a self-contained checkpoint. Weights are stored as `dtype`, but load in the model's own dtype by default.
+
+    Args:
+        state_dict: the weights, where the model holds only this process's share of them.
+    """
     register_auto_classes()
     prepare_config(model.config)
-    stored = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=stored)
+    weights = model.state_dict() if state_dict is None else state_dict
+    require_space(folder, sum(weight.numel() for weight in weights.values()) * dtype.itemsize)
+    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
     processor.save_pretrained(folder)
+
+
+def require_space(folder: str | Path, num_bytes: int) -> None:
+    """Raise `OSError` if the disk of a folder to be written has no room for so many bytes."""
+    place = next(parent for parent in Path(folder).absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes + SPARE_BYTES:
+        needed, available = (f"{size / 2**30:.2f} GiB" for size in (num_bytes + SPARE_BYTES, free))
+        raise OSError(f"{folder} needs {needed}, the disk has {available} free")
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest complete checkpoint of a run, or None. One that a killed run was still writing does not count."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = sorted((int(f.name.split("-")[-1]), f) for f in folders if f.name.split("-")[-1].isdecimal())
+    for _, folder in reversed(numbered):
+        try:
+            TrainerState.load_from_json(str(folder / "trainer_state.json"))  # written last
+            return folder
+        except (OSError, json.JSONDecodeError) as error:
+            print(f"{folder} is not complete and is passed over: {error}")
+    return None

@@ -1,13 +1,30 @@
-"""Run configuration: a YAML file into typed dataclasses, `section.key=value` overrides; unknown keys are refused."""
+"""Run configuration: one YAML per training, read into typed dataclasses. Unknown names and wrong types are refused."""
 
 import dataclasses
-import types
+import inspect
+import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import LlamaConfig, SiglipVisionConfig, TrainingArguments
+
+from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.settings import build, check_names, checked, read_settings
+
+
+# What can be trained or frozen by name: the model's modules, by the beginnings of their parameters' names.
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision_tower": ("vision_tower.",),
+    "projector": ("projector.",),
+    "regions": ("region_replay.", "region_prompts."),
+    "language_model": ("language_model.", "lm_head."),
+}
 
 
 @dataclass
@@ -16,116 +33,177 @@ class TokenizerConfig:
 
     vocab_size: int = 1024
     scenes: int = 1000
+    seed: int = 1
 
 
 @dataclass
-class DataConfig:
-    """Drawn scenes to train on: seed of the world, how many, and the share asked about the whole image, in [0, 1].
+class LoraConfig:
+    """Low-rank adapters on the language model, whose own weights then stay as they are.
 
-    The first `coarse_epochs` are a curriculum: every image is a single tile and only the first `coarse_slots` of an
-    answer are trained ("a large striped red house"). Nothing but the region tells these words, so seeing is learned
-    first, on short sequences; the rest of the caption comes after.
+    Args:
+        rank, alpha, dropout: of the adapters; they enter scaled by alpha / rank.
+        target_modules: regular expression of the modules that get one.
     """
 
-    seed: int = 1
-    num_images: int = 20000
-    conversation_share: float = 0.1
-    coarse_epochs: int = 0
-    coarse_slots: int | None = None
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = r"language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha < 1:
+            raise ValueError(f"train.lora.rank and alpha must be at least 1, got {self.rank} and {self.alpha}")
+        try:
+            re.compile(self.target_modules)
+        except re.error as error:
+            raise ValueError(f"train.lora.target_modules {self.target_modules!r} is no pattern: {error}") from error
 
 
 @dataclass
-class LossConfig:
-    """Equation 2 and its variance reductions: slots per answer, noised copies of an answer (2 are antithetic), and
-    `weighting`, "elbo" (1/p, the paper) or "masked" (mean over masked tokens)."""
+class TrainConfig:
+    """What trains.
 
-    num_slots: int = 32
-    noise_copies: int = 2
-    weighting: str = "masked"
+    Args:
+        parts: of `PARTS`; the others are frozen.
+        learning_rates: of single parts, where they differ from `trainer.learning_rate`.
+        reset: parts that start with fresh weights although `init_from` has them.
+        lora: train adapters instead of the language model; the other parts are trained as they are.
+        ema_decay: keep a moving average of the weights with this decay per step, in (0, 1), and finish with it.
+    """
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    reset: list[str] = field(default_factory=list)
+    lora: LoraConfig | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        for name, given in (("parts", self.parts), ("learning_rates", self.learning_rates), ("reset", self.reset)):
+            check_names(given, PARTS, f"train.{name}.")
+        if not self.parts:
+            raise ValueError(f"train.parts is empty: nothing would be trained. Accepted: some of {list(PARTS)}")
+        if idle := sorted(set(self.learning_rates) - set(self.parts)):
+            raise ValueError(f"train.learning_rates names {idle}, which train.parts leaves frozen")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must be in (0, 1), got {self.ema_decay}")
+        if self.lora and "language_model" not in self.parts:
+            raise ValueError("train.lora adapts the language model: add 'language_model' to train.parts")
 
 
 @dataclass
 class EvaluationConfig:
-    """Scoring on held-out scenes during training: every `steps` optimizer steps (0 never), on `num_images` scenes."""
+    """A look at the model during training, every `steps` optimizer steps (0: never) and at the end.
 
-    seed: int = 2
-    num_images: int = 24
+    Args:
+        source: held-out samples: drawn `scenes` (scored by the protocol of ParaDLC-Bench), `scene_conversations` (share
+            of answers exactly right), or a set on disk (held-out loss).
+        pictures: of the held-out samples with regions, how many are drawn with their captions.
+    """
+
+    source: SourceConfig = field(default_factory=lambda: SourceConfig("scenes", samples=24, seed=2))
     steps: int = 500
+    pictures: int = 2
+
+    def __post_init__(self):
+        if self.source.samples is None or self.source.streaming:
+            raise ValueError("evaluation.source needs samples, the number of held-out records, and cannot stream")
+
+
+@dataclass
+class PlanConfig:
+    """What `perceptiondlm plan` assumes where it cannot know before reading the data.
+
+    Args:
+        samples: of an epoch, where the sources do not say (an image with many masks is several samples).
+        tiles: of a typical image, thumbnail included; default: the most there can be.
+        regions: of a typical sample; default: half of what a pass may hold.
+        text_tokens, answer_tokens: of a typical prompt and of its answer (conversations).
+    """
+
+    samples: int | None = None
+    tiles: int | None = None
+    regions: float | None = None
+    text_tokens: int = 60
+    answer_tokens: int = 256
 
 
 @dataclass
 class RunConfig:
-    """One training run. `model`, `processor` and `trainer` are keyword arguments of `PerceptionDLMConfig`,
-    `PerceptionDLMProcessor` and `transformers.TrainingArguments`.
+    """One training run.
 
     Args:
         export_dir: where the finished, self-contained checkpoint goes.
-        export_dtype: storage of its weights, a torch dtype name.
-        resume: continue from the newest checkpoint in `trainer.output_dir` when there is one.
+        trainer: keyword arguments of `transformers.TrainingArguments`.
+        init_from: checkpoint to start from, a directory or Hub id of this repository's layout; a base model gets fresh
+            region parts when `model.region_conditioning` asks for regions. Without, the model starts from nothing.
+        preset: named shape (`PRESETS`) of a model from nothing, and what a plan assumes while `init_from` is not there.
+        model: keyword arguments of `PerceptionDLMConfig`; with `init_from`, only what differs from the checkpoint.
+        processor: keyword arguments of `PerceptionDLMProcessor`.
+        batch_size: samples of an optimizer step over all processes; sets `trainer.gradient_accumulation_steps`.
+        export_dtype: storage of the finished weights, a torch dtype name.
+        resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one.
     """
 
     export_dir: str
     trainer: dict[str, Any]
-    model: dict[str, Any]
+    init_from: str | None = None
+    preset: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    batch_size: int | None = None
     export_dtype: str = "float16"
     resume: bool = False
 
+    def __post_init__(self):
+        self.trainer = check_trainer(self.trainer)
+        check_model(self.model)
+        check_names(self.processor, inspect.signature(PerceptionDLMProcessor).parameters, "processor.")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
+        if self.init_from is None and self.preset is None and "text_config" not in self.model:
+            raise ValueError("give init_from, preset or the sizes of a new model in model.text_config")
+        if self.init_from is None and self.train.reset:
+            raise ValueError("train.reset is for init_from: a model from nothing is fresh as a whole")
 
-def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML, apply `a.b=value` overrides (values in YAML syntax), and check every key and type."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no training config at {path}")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(content).__name__}")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"override {override!r} must have the form key=value or section.key=value")
-        _assign(content, key.split("."), yaml.safe_load(value), override)
-    return _build(RunConfig, content, "")
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and everything written during the run goes."""
+        return Path(self.trainer["output_dir"])
 
-
-def _assign(content: dict, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
-        if not isinstance(content, dict):
-            raise ValueError(f"override {override!r}: {key!r} is a value, not a section")
-    content[keys[-1]] = value
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as a file that starts the same run."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, width=120)
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of a dataclass from a mapping; `where` is its place in the file, for messages."""
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown settings {[where + name for name in unknown]}, known are {sorted(hints)}")
-    required = {f.name for f in dataclasses.fields(kind) if _is_required(f)}
-    if missing := sorted(required - set(values)):
-        raise ValueError(f"missing settings {[where + name for name in missing]}")
-    return kind(**{name: _checked(hints[name], value, where + name) for name, value in values.items()})
+def check_trainer(values: dict[str, Any]) -> dict[str, Any]:
+    """`trainer` with values of the types that `TrainingArguments` declares."""
+    hints = typing.get_type_hints(TrainingArguments)
+    check_names(values, (f.name for f in dataclasses.fields(TrainingArguments) if f.init), "trainer.")
+    if "output_dir" not in values:
+        raise ValueError("missing settings ['trainer.output_dir']")
+    return {name: checked(hints[name], value, f"trainer.{name}") for name, value in values.items()}
 
 
-def _is_required(item: dataclasses.Field) -> bool:
-    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+def check_model(values: dict[str, Any]) -> None:
+    """Refuse names that `PerceptionDLMConfig` and its sub-configs do not have; they check the values."""
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": LlamaConfig}
+    check_names(values, _field_names(PerceptionDLMConfig), "model.")
+    for name, kind in sub_configs.items():
+        if not isinstance(values.get(name, {}), dict):
+            raise ValueError(f"model.{name} must be a section, got {values[name]!r}")
+        check_names(values.get(name, {}), {*_field_names(kind), "vision_use_head"}, f"model.{name}.")
 
 
-def _checked(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a section, got {value!r}")
-        return _build(hint, value, name + ".")
-    if isinstance(hint, types.UnionType):  # only `X | None` occurs
-        return None if value is None else _checked(typing.get_args(hint)[0], value, name)
-    kind = typing.get_origin(hint) or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    return value
+def _field_names(config_class: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(config_class)]
+
+
+def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply `a.b=value` overrides, and check every name and type."""
+    return build(RunConfig, read_settings(path, overrides))

@@ -14,20 +14,29 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-SCORES = {"scenes_average": "Avg", "scenes_recognition": "recognition", "scenes_exact": "captions exactly right"}
+SCORES = {
+    "scenes_average": "Avg",
+    "scenes_recognition": "recognition",
+    "scenes_exact": "captions exactly right",
+    "conversations_exact": "answers exactly right",
+    "held_out_loss": "held-out loss",
+}
 
 
 def plot_log(log: list[dict], path: str | Path) -> None:
-    """Write a PNG of the Trainer's log history: loss on the left, scores in percent on the right."""
+    """Write a PNG of the Trainer's log history: loss on the left, scores in percent (or held-out loss) on the right."""
     loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    scores = [row for row in log if "scenes_average" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(*zip(*loss, strict=True), color="tab:blue")
-    left.set(xlabel="optimizer step", ylabel="loss (mean over masked tokens)", yscale="log", title="training loss")
+    left.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="training loss")
     for key, name in SCORES.items():
-        right.plot([row["step"] for row in scores], [row[key] for row in scores], marker="o", ms=3, label=name)
-    right.set(xlabel="optimizer step", ylabel="%", ylim=(min(0, right.get_ylim()[0]), 101), title="held-out scenes")
-    right.legend()
+        if points := [(row["step"], row[key]) for row in log if key in row]:
+            right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+    right.set(xlabel="optimizer step", title="held-out samples")
+    if right.lines:
+        right.legend()
+    if not any("held_out_loss" in row for row in log):
+        right.set(ylabel="%", ylim=(min(0, right.get_ylim()[0]), 101))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -1,126 +1,188 @@
 """Train PerceptionDLM with the HF Trainer.
 
-    accelerate launch training/train.py training/configs/scenes.yaml [section.key=value ...]
+    accelerate launch training/train.py training/configs/scenes.yaml [section.key=value ...] [--resume] [--dry-run]
 
-Writes checkpoints and a log while it runs, and a self-contained checkpoint at the end. `resume=true` continues the
-newest checkpoint of an interrupted run.
+Writes checkpoints and a log while it runs, and a self-contained checkpoint at the end. `--resume` continues the newest
+complete checkpoint of an interrupted run, `--dry-run` prints what a run would do without reading data or weights.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, set_seed
 
-from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
-from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.training.checkpoint import export, prepare_config, register_auto_classes
+from perceptiondlm.training.card import write_card
+from perceptiondlm.training.checkpoint import export, newest_checkpoint, register_auto_classes
+from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.config import RunConfig, load_run_config
-from perceptiondlm.training.data import AnswerCollator, SceneDataset
+from perceptiondlm.training.evaluation import HeldOutEvaluation
+from perceptiondlm.training.mixture import build_dataset
+from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
+from perceptiondlm.training.planner import Machine, make_plan, show_plan
 from perceptiondlm.training.plot import plot_log
-from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts, special_token_ids
-from perceptiondlm.training.trainer import PerceptionDLMTrainer, SceneEvaluation
+from perceptiondlm.training.sampling import padding_report
+from perceptiondlm.training.start import build_model
+from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
-def build_config(model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PerceptionDLMConfig:
-    """A model config whose ids are the tokenizer's."""
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    special = {"bos_token_id": tokenizer.bos_token_id}
-    special |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text_config = {**text, **special, **model["text_config"]}
-    return PerceptionDLMConfig(**{**model, "text_config": text_config}, **special_token_ids(tokenizer))
+# Differing from the HF Trainer: batches have keys of our own, and text-only batches leave the vision side unused.
+TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": True, "report_to": "none"}
 
 
-def build_model(run: RunConfig) -> tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]:
-    """A model with fresh weights and its processor."""
-    texts = scene_texts(run.data.seed, run.tokenizer.scenes)
-    positions = run.model["text_config"]["max_position_embeddings"]
-    tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
-    config = prepare_config(build_config(run.model, tokenizer))
-    processor = PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
-    model = PerceptionDLMForConditionalGeneration(config)
-    model.generation_config = PerceptionDLMGenerationConfig(
-        max_new_tokens=run.loss.num_slots, steps=run.loss.num_slots, suppress_tokens=[config.mask_token_id]
+# What would break the order of samples, and why.
+UNSUPPORTED = {
+    "dataloader_persistent_workers": "keeps workers that never hear of the next epoch",
+    "dataloader_drop_last": "loses samples: the last batches are filled instead",
+}
+
+
+def trainer_arguments(run: RunConfig) -> TrainingArguments:
+    """The HF Trainer's arguments, with as many passes per step as `batch_size` needs on this many processes."""
+    settings = {**TRAINER_DEFAULTS, **run.trainer}
+    for name, reason in UNSUPPORTED.items():
+        if settings.get(name):
+            raise ValueError(f"trainer.{name} {reason}")
+    if run.batch_size is not None:
+        share = settings.get("per_device_train_batch_size", 8) * int(os.environ.get("WORLD_SIZE", "1"))
+        if run.batch_size % share:
+            raise ValueError(
+                f"batch_size {run.batch_size} is no multiple of the {share} samples that all processes take in a pass: "
+                "change trainer.per_device_train_batch_size"
+            )
+        settings["gradient_accumulation_steps"] = run.batch_size // share
+    arguments = TrainingArguments(**settings)
+    if arguments.n_gpu > 1:
+        raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
+    if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
+        samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
+        arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
+    return arguments
+
+
+def samples_per_step(arguments: TrainingArguments) -> int:
+    """Samples of one optimizer step over all passes and processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
+    """Everything a run needs, ready to train: model, data, callbacks."""
+    arguments = trainer_arguments(run)
+    set_seed(arguments.seed)
+    register_auto_classes()
+    model, processor = build_model(run)
+    dataset = build_dataset(run.data, run.loss, processor, model.config, run.output_dir)
+    trainer = PerceptionDLMTrainer(
+        model=prepare_parts(model, run.train),
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=AnswerCollator.build(run.data, run.loss, processor, model.config),
+        processing_class=processor,
+        run=run,
     )
-    return model, processor
-
-
-def sample_lengths(dataset: SceneDataset, processor: PerceptionDLMProcessor, collator: AnswerCollator) -> list[int]:
-    """Tokens of every sample, answers included. Scenes are drawn once for this, so the result is kept on disk."""
-    workers = max(1, (os.cpu_count() or 2))
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(dataset.shape, range(len(dataset)), chunksize=64)
-        shapes = list(tqdm(results, total=len(dataset), desc="measuring scenes"))
-    answer = collator.num_slots * collator.noise_copies
-    return [processor.prompt_length(size, regions) + max(regions, 1) * answer for size, regions in shapes]
-
-
-def cached_lengths(run: RunConfig, dataset, processor, collator) -> list[int]:
-    """`sample_lengths`, kept in the output directory between runs."""
-    path = Path(run.trainer["output_dir"]) / f"lengths-{run.data.seed}-{run.data.num_images}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    lengths = sample_lengths(dataset, processor, collator)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(lengths))
-    return lengths
+    if run.train.lora and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("train.lora needs whole weights on every process: use plain data parallelism")
+    trainer.add_callback(HeldOutEvaluation(trainer, run))
+    return trainer
 
 
 def train(run: RunConfig) -> Path:
     """Run one training from its configuration; returns the directory of the finished checkpoint."""
-    arguments = TrainingArguments(**run.trainer, remove_unused_columns=False)
-    set_seed(arguments.seed)
-    register_auto_classes()
-    model, processor = build_model(run)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
-    dataset = SceneDataset(run.data.seed, run.data.num_images, run.data.conversation_share, run.data.coarse_epochs)
-    collator = AnswerCollator(processor, run.loss.num_slots, run.loss.noise_copies, run.data.coarse_slots)
-    trainer = PerceptionDLMTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=collator,
-        processing_class=processor,
-        loss_weighting=run.loss.weighting,
-        lengths=cached_lengths(run, dataset, processor, collator),
-    )
-    trainer.add_callback(SceneEvaluation(trainer, run.evaluation))
-    last = get_last_checkpoint(arguments.output_dir) if run.resume and Path(arguments.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer = make_trainer(run)
     if trainer.is_world_process_zero():
-        trainer.save_state()
-        finish(run, model, processor, trainer.state.log_history)
+        counts = count_parameters(trainer.model)
+        print("\n".join(f"{part}: {n['total']:,} parameters, {n['trained']:,} trained" for part, n in counts.items()))
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        Path(run.output_dir, "run.yaml").write_text(run.to_yaml())
+    last = newest_checkpoint(run.output_dir) if run.resume else None
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finish(run, trainer)
     return Path(run.export_dir)
 
 
-def finish(run: RunConfig, model, processor, log_history: list[dict]) -> None:
-    """Write the finished checkpoint with its log and curve."""
-    export(model, processor, run.export_dir, getattr(torch, run.export_dtype))
-    content = {"config": dataclasses.asdict(run), "environment": environment(), "log": log_history}
-    Path(run.export_dir, "training_log.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot_log(log_history, Path(run.export_dir, "training_curve.png"))
+def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
+    """Write the finished checkpoint with its card, log, summary and curve."""
+    trainer.measure()  # the steps after the last log
+    state_dict = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
+    if not trainer.is_world_process_zero():
+        return
+    summary = summarize(run, trainer)
+    if trainer.average is not None:
+        trainer.average.use()
+    model = trainer.model
+    if run.train.lora is not None:
+        model.save_pretrained(Path(run.export_dir, "adapter"))
+        model = model.merge_and_unload()
+    model = plain_model(trainer.accelerator.unwrap_model(model))
+    export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
+    log = trainer.state.log_history
+    content = {"config": dataclasses.asdict(run), "environment": summary["environment"], "log": log}
+    write_json(Path(run.export_dir, "training_log.json"), content)
+    for folder in (run.export_dir, run.output_dir):
+        write_json(Path(folder, "summary.json"), summary)
+    write_card(run, summary, regions=model.config.region_conditioning != "none")
+    plot_log(log, Path(run.export_dir, "training_curve.png"))
 
 
-def main() -> None:
-    """Command line."""
+def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
+    """The run in numbers: steps, loss, scores, speed, padding, records left out, parameters and hardware."""
+    log, args, dataset = trainer.state.log_history, trainer.args, trainer.train_dataset
+    losses = [row for row in log if "loss" in row]
+    scores = [row for row in log if any(name.startswith(("scenes_", "conversations_", "held_out_")) for name in row)]
+    bookkeeping = ("epoch", "step")
+    summary = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "batch_size": samples_per_step(args),
+        "processes": args.world_size,
+        "loss": losses[-1]["loss"] if losses else log[-1]["train_loss"],
+        "loss_by_noise": {k: v for k, v in losses[-1].items() if k.startswith("loss_noise_")} if losses else {},
+        "scores": {k: v for k, v in scores[-1].items() if k not in bookkeeping} if scores else {},
+        "speed": trainer.meter.summary(),
+        "parameters": count_parameters(trainer.model),
+        "data": dataset.report,
+        "environment": environment(args.device),
+    }
+    if not run.data.streaming:
+        summary["padding"] = padding_report(dataset, args.train_batch_size, args.seed)
+    return summary
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file for people to read, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; wrong settings, missing files, a full disk or a diverging loss end with one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, values in YAML syntax")
-    options = parser.parse_args()
-    run = load_run_config(options.config, options.overrides)
-    print(json.dumps(dataclasses.asdict(run), indent=1))
-    print(f"checkpoint written to {train(run)}")
+    parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would do, without data or weights")
+    options = parser.parse_args(arguments)
+    try:
+        run = load_run_config(options.config, [*options.overrides, *(["resume=true"] if options.resume else [])])
+        print(run.to_yaml())
+        if options.dry_run:
+            print(show_plan(make_plan(run, Machine())))
+        else:
+            print(f"checkpoint written to {train(run)}")
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"training stopped: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,95 +1,175 @@
-"""The HF Trainer for PerceptionDLM: batches of similar length, the loss of equation 2, scores on held-out scenes."""
+"""The HF Trainer for PerceptionDLM: the loss of equation 2 over passes and processes, learning rates by part,
+checkpoints that are whole or not there, and the numbers a run reports."""
 
-import random
-from collections.abc import Iterator, Sequence
+import math
+import shutil
+from pathlib import Path
 
 import torch
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from perceptiondlm.evaluation.scenes import evaluate_scenes
-from perceptiondlm.training.config import EvaluationConfig
-from perceptiondlm.training.data import SceneDataset
+from perceptiondlm.training.checkpoint import require_space
+from perceptiondlm.training.config import RunConfig
+from perceptiondlm.training.ema import MovingAverage
+from perceptiondlm.training.meter import Meter
+from perceptiondlm.training.modules import parameter_groups
+from perceptiondlm.training.sampling import LengthGroupedBatches
 
 
-class LengthGroupedBatches(Sampler[int]):
-    """Indices in an order whose consecutive batches hold samples of similar length, batches themselves shuffled.
-
-    Args:
-        dataset: told the epoch through its `set_epoch`, because accelerate tells the sampler only.
-        lengths: of every sample, in any unit.
-        batch_size: samples per batch.
-        seed: with the epoch, decides the order.
-        pool: batches that are sorted together.
-    """
-
-    def __init__(self, dataset: SceneDataset, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 50):
-        self.dataset, self.lengths = dataset, lengths
-        self.batch_size, self.seed, self.pool = batch_size, seed, pool
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before every epoch."""
-        self.epoch = epoch
-        self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(62))
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.pool * self.batch_size
-        full: list[list[int]] = []
-        rest: list[list[int]] = []
-        for start in range(0, len(order), size):
-            pool = sorted(order[start : start + size], key=lambda index: self.lengths[index])
-            batches = [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-            for batch in batches:
-                (full if len(batch) == self.batch_size else rest).append(batch)
-        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        return (index for batch in (*shuffled, *rest) for index in batch)  # short batches last
+POOL = 50  # batches sorted together when they are grouped by length
 
 
 class PerceptionDLMTrainer(Trainer):
-    """HF Trainer with the masked-diffusion loss and, when lengths are given, length-grouped batches.
+    """HF Trainer with the masked-diffusion loss.
 
     Args:
-        loss_weighting: see `masked_diffusion_loss`.
-        lengths: length of every training sample, or None for the Trainer's own sampling.
+        run: the configuration of the run.
     """
 
-    def __init__(self, *args, loss_weighting: str = "elbo", lengths: Sequence[int] | None = None, **kwargs):
+    def __init__(self, *args, run: RunConfig, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss_weighting, self.lengths = loss_weighting, lengths
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
+        self.run = run
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the items of all passes and processes
+        self.meter = Meter(self.args.device)
+        self.average = None
+        if run.train.ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "train.ema_decay needs whole weights on every process: leave it out with FSDP, DeepSpeed"
+                )
+            self.average = MovingAverage(self.model, run.train.ema_decay)
+            self.add_callback(self.average)
+
+    # --- data and optimizer -------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        """A stream deals out its records by itself; everything else is dealt out by accelerate."""
+        if not self.run.data.streaming:
+            return super().get_train_dataloader()
+        self.train_dataset.batch_size = self._train_batch_size if self.run.data.group_by_length else 1
+        settings = {"collate_fn": self.data_collator, "num_workers": self.args.dataloader_num_workers}
+        return DataLoader(self.train_dataset, self._train_batch_size, **settings)
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroupedBatches(self.train_dataset, self.lengths, self.args.train_batch_size, self.args.seed)
+        """Batches of similar length, or a plain shuffle."""
+        pool = POOL if self.run.data.group_by_length else 1
+        size, processes = self.args.train_batch_size, self.args.world_size
+        return LengthGroupedBatches(self.train_dataset, size, self.args.seed, processes, pool)
+
+    def create_optimizer(self, model=None):
+        """The optimizer of `trainer.optim`, with a learning rate for each part."""
+        model = self.model if model is None else model
+        if self.optimizer is None:  # type: ignore[has-type]
+            decayed = set(self.get_decay_parameter_names(model))
+            rates, rate = self.run.train.learning_rates, self.args.learning_rate
+            groups = parameter_groups(model, decayed, self.args.weight_decay, rates, rate)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """What the loss of one optimizer step is divided by: items of all its passes, on all processes.
+
+        None for the `released` weighting, which divides every pass by its own items and averages passes.
+        """
+        if self.run.loss.weighting == "released":
+            return None
+        items = sum(loss_items(batch, self.run.loss.weighting) for batch in batch_samples)
+        return self.accelerator.gather(torch.as_tensor(items, device=device)).sum().clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2."""
-        outputs = model(**inputs, loss_weighting=self.loss_weighting)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        outputs = model(**inputs, loss_weighting=self.run.loss.weighting, num_items=num_items_in_batch)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        if model.training:
+            self.meter.add(inputs, outputs.token_losses, outputs.masked)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one pass; a loss that is no number ends the run before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._require_finite("loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm; only fp16's loss scaling may see one that is no number."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:
+            self._require_finite("gradient norm", float(norm))
+        return norm
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {name} is {value} at step {self.state.global_step + 1}. The run stops before weights take it: "
+                "checkpoints up to here are good. Resume with a lower trainer.learning_rate or trainer.max_grad_norm"
+            )
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        """Beside the loss: loss by noise level, speed and padding since the last time."""
+        if "loss" in logs:
+            logs = {**logs, **self.measure()}
+        super().log(logs, start_time)
+
+    def measure(self) -> dict[str, float]:
+        """What the meter counted since the last time, on all processes, which must all call this."""
+        return self.meter.drain(lambda counts: self.accelerator.reduce(counts, "sum"))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint; when it fails, nothing of it stays, and older ones are left alone."""
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            require_space(folder, self.checkpoint_bytes())
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"checkpoint {folder} could not be written, older ones are intact: {error}") from error
+
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: weights (of adapters, what trains), two moments of what trains, its moving average."""
+        parameters = list(self.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        moments = 0 if self.args.save_only_model else 8 * trained
+        weights = sum(p.nbytes for p in parameters if p.requires_grad or self.run.train.lora is None)
+        return weights + moments + (4 * trained if self.average else 0)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.average is not None and self.args.should_save:
+            self.average.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
 
 
-class SceneEvaluation(TrainerCallback):
-    """Captions held-out scenes while training and logs their scores under `scenes_*`."""
+def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
+    """Items that the loss of a batch is divided by: supervised tokens, of which `masked` counts those that are masked.
 
-    def __init__(self, trainer: Trainer, config: EvaluationConfig):
-        self.trainer, self.config = trainer, config
-
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        """Score at every multiple of `steps`, and at the end."""
-        every = self.config.steps
-        if every and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            model.eval()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-                report = evaluate_scenes(model, processing_class, self.config.seed, self.config.num_images)
-            model.train()
-            names = ("positive", "negative", "average", "recognition", "exact")
-            should_log = control.should_log
-            self.trainer.log({f"scenes_{name}": round(report[name], 2) for name in names})
-            control.should_log = should_log  # logging clears it, and this step's loss is still to be logged
+    Where the noise covers whole blocks (`supervise_markers`), a marker and a terminator belong to every answer of a
+    region that has slots.
+    """
+    supervised_AW, noise_AW = batch["labels"] != -100, batch["answer_noise"]
+    if extra := noise_AW.shape[1] - supervised_AW.shape[1]:
+        num_regions = batch["num_regions"]
+        targets_B = num_regions.clamp(min=1)
+        copies = len(supervised_AW) // int(targets_B.sum())
+        marked_A = (num_regions > 0).repeat_interleave(targets_B * copies) & supervised_AW.any(dim=1)
+        ends_A1 = marked_A[:, None]
+        supervised_AW = torch.cat((ends_A1, supervised_AW, ends_A1.expand(-1, extra - 1)), dim=1)
+    if weighting == "masked":
+        supervised_AW = supervised_AW & (noise_AW < batch["mask_probability"])
+    return supervised_AW.sum()

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from perceptiondlm.scripts.loading import read_json
+from perceptiondlm.training.checkpoint import require_space
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SPARE_BYTES = 64 * 2**20  # kept free on the target's disk
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
-        free = shutil.disk_usage(partial).free
-        if free < num_bytes + SPARE_BYTES:
-            needed, available = (f"{size / 2**30:.2f} GiB" for size in (num_bytes + SPARE_BYTES, free))
-            raise OSError(f"{target} needs {needed}, the disk has {available} free")
+        require_space(target, num_bytes)
         yield partial
         partial.replace(target)
     finally:

@@ -9,28 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from perceptiondlm.processing_perceptiondlm import chat_template
+
 
 # Decoding of the released base model never emits these: end of text, start of text, headers, mask.
 BASE_SUPPRESSED = (126081, 126080, 126346, 126347, 126336)
 
-# The base model's chat: no system turn of its own, a newline after the image, none after the user's end of turn.
-BASE_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<img><IMG_CONTEXT></img>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>{% if message['role'] == 'system' %}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n{% endif %}"
-)
+# The base model's chat: a newline after the image, none after a turn.
+BASE_CHAT_TEMPLATE = chat_template(after_image="\n", after_turn="")
 # LLaDA-8B-Instruct's own chat.
-LLADA_CHAT_TEMPLATE = (
-    "<|startoftext|>{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<img><IMG_CONTEXT></img>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
+LLADA_CHAT_TEMPLATE = chat_template(start="<|startoftext|>", after_header="\n\n", after_turn="")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""What a run trains on, as typed settings: sources, limits, order, answers and noise. The loader builds them from YAML.
+
+The data they describe is built by two calls::
+
+    dataset = build_dataset(run.data, run.loss, processor, model.config, cache_dir)     # training.mixture
+    collator = AnswerCollator.build(run.data, run.loss, processor, model.config)        # training.collator
+
+`dataset` is a map-style `MixtureDataset` (`set_epoch`, `epoch`, `len`, `lengths` of every sample in tokens, `report`
+for the run's summary), to be read in the order of `LengthGroupedBatches` (training.sampling). When its sources stream
+it is an endless `StreamingDataset`, of which `samples_per_epoch` make an epoch.
+"""
+
+from dataclasses import dataclass, field
+
+
+SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions")
+TURNS = ("one", "all")
+NOISE_LEVELS = ("region", "sample")
+WEIGHTINGS = ("elbo", "masked", "released")
+
+
+@dataclass
+class SourceConfig:
+    """One part of a mixture.
+
+    Args:
+        kind: `scenes` (drawn regions), `scene_conversations` (drawn questions about whole images), `conversations`
+            (parquet) or `regions` (JSON or JSON lines, also .gz).
+        path: of a file, a folder or a glob, for sets on disk.
+        hub: id of a conversation set on the Hugging Face Hub, instead of `path`; `subset` and `split` choose its part.
+        samples: records (rows, images, scenes) an epoch takes: fewer than the set holds are a fixed random subset,
+            more repeat it. Default: every record once. Drawn and streamed sources have no end and need it.
+        streaming: read `conversations` from front to back instead of by row (sets too large to read over first).
+        image_root: folder that the image paths of a set are relative to; default: the folder of its file.
+        turns: of a conversation, `one` turn drawn per epoch, or `all` turns, each a sample; earlier turns are context.
+            An epoch of a stream is as many samples as `samples`, hence every row once with `one` turn alone.
+        seed: of the drawn world.
+        conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
+
+    Raises:
+        ValueError: naming the setting, its value and what is accepted.
+    """
+
+    kind: str
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    samples: int | None = None
+    streaming: bool = False
+    image_root: str | None = None
+    turns: str = "one"
+    seed: int = 1
+    conversation_share: float = 0.0
+
+    def __post_init__(self):
+        _check_choice("sources.kind", self.kind, SOURCE_KINDS)
+        _check_choice("sources.turns", self.turns, TURNS)
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"sources.samples must be at least 1, got {self.samples}")
+        if not 0 <= self.conversation_share <= 1:
+            raise ValueError(f"sources.conversation_share must be in [0, 1], got {self.conversation_share}")
+        given = " and ".join(name for name in ("path", "hub") if getattr(self, name) is not None)
+        accepted = {"conversations": ("path", "hub"), "regions": ("path",)}.get(self.kind, ("",))
+        if given not in accepted:
+            needed = " or ".join(accepted) or "neither path nor hub"
+            raise ValueError(f"a source of kind {self.kind!r} needs {needed}, got {given or 'neither'}")
+        if self.streaming and self.kind != "conversations":
+            raise ValueError(f"streaming is for sources of kind 'conversations', got kind {self.kind!r}")
+        if self.samples is None and (self.is_drawn or self.streaming):
+            raise ValueError(f"{'a drawn' if self.is_drawn else 'a streamed'} source has no end: set sources.samples")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the source is drawn by code."""
+        return self.kind.startswith("scene")
+
+    @property
+    def name(self) -> str:
+        """What messages, reports and noise seeds call the source."""
+        return f"{self.kind}-{self.seed}" if self.is_drawn else str(self.path or self.hub)
+
+
+@dataclass
+class DataConfig:
+    """The mixture of a run and how it is read.
+
+    The first `coarse_epochs` are a curriculum: every image is a single tile and only the first `coarse_slots` of an
+    answer are trained ("a large striped red house"). Nothing but the region tells these words, so seeing is learned
+    first, on short sequences; the rest of the caption comes after.
+
+    Args:
+        sources: parts of the mixture.
+        seed: decides subsets, dealing of masks, drawn turns and prompt ids, and noise.
+        max_length: tokens of a sequence, answers included. Image tokens are never cut: answers are (whole slots), and
+            what leaves no room for an answer is left out and counted as too long.
+        max_bad_share: share of unreadable records above which the run stops.
+        group_by_length: whether a batch holds samples of similar length.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    seed: int = 0
+    max_length: int = 4096
+    max_bad_share: float = 0.01
+    group_by_length: bool = True
+    coarse_epochs: int = 0
+    coarse_slots: int | None = None
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise ValueError(f"data.max_length must be at least 1, got {self.max_length}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share must be in [0, 1], got {self.max_bad_share}")
+        if len({source.streaming for source in self.sources}) > 1:
+            raise ValueError("either all data.sources stream or none: a stream has no positions to mix by")
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the mixture is read as a stream."""
+        return any(source.streaming for source in self.sources)
+
+
+@dataclass
+class LossConfig:
+    """Answers, their noise (equation 1) and the loss (equation 2) with its variance reductions.
+
+    Args:
+        num_slots: an answer takes a multiple of this many slots, filled with end-of-text tokens, because generation
+            works in slots. A model with `supervise_markers` trains answers of their own length instead.
+        max_slots: most slots of an answer, `num_slots` by default; longer answers are cut.
+        noise_copies: noised copies of an answer; two are antithetic and mask every token exactly once.
+        noise_level: t is drawn per `region` (answer), stratified over the answers of a sample, or once per `sample`.
+        weighting: see `masked_diffusion_loss`: "elbo" (1/p, the paper), "masked" (mean over masked tokens, bounded
+            weights), or "released" (1/p, every micro-batch divided by its own tokens).
+    """
+
+    num_slots: int = 32
+    max_slots: int | None = None
+    noise_copies: int = 2
+    noise_level: str = "region"
+    weighting: str = "masked"
+
+    def __post_init__(self):
+        _check_choice("loss.noise_level", self.noise_level, NOISE_LEVELS)
+        _check_choice("loss.weighting", self.weighting, WEIGHTINGS)
+        _check_choice("loss.noise_copies", self.noise_copies, (1, 2))
+        if self.num_slots < 1:
+            raise ValueError(f"loss.num_slots must be at least 1, got {self.num_slots}")
+        if self.max_slots is not None and (self.max_slots < self.num_slots or self.max_slots % self.num_slots):
+            raise ValueError(f"loss.max_slots must be a multiple of num_slots={self.num_slots}, got {self.max_slots}")
+
+    @property
+    def slot_limit(self) -> int:
+        """Most slots of an answer."""
+        return self.max_slots or self.num_slots
+
+
+def _check_choice(name: str, value: object, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {accepted}, got {value!r}")

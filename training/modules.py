@@ -1,0 +1,83 @@
+"""What trains: frozen and trained parts, a learning rate for each, low-rank adapters on the language model."""
+
+from collections.abc import Collection
+from typing import Any
+
+import peft
+from torch import nn
+
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
+from perceptiondlm.training.config import PARTS, LoraConfig, TrainConfig
+
+
+ADAPTER_PREFIX = "base_model.model."  # of every parameter of a model with adapters
+
+
+def part_of(name: str) -> str:
+    """The part of `PARTS` that a parameter belongs to, whether the model has adapters or not."""
+    name = name.removeprefix(ADAPTER_PREFIX)
+    return next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
+
+
+def prepare_parts(model: PerceptionDLMForConditionalGeneration, config: TrainConfig) -> nn.Module:
+    """Freeze what `config.parts` leaves out, and put adapters on the language model if wanted.
+
+    Parameters that the model never uses stay frozen in any case.
+
+    Returns:
+        the model, or the `peft.PeftModel` around it.
+    """
+    missing = sorted(set(config.parts) - {part_of(name) for name, _ in model.named_parameters()} - {"regions"})
+    if missing:
+        raise ValueError(f"train.parts names {missing}, which this model does not have")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and part_of(name) in config.parts)
+    return model if config.lora is None else add_adapters(model, config.lora)
+
+
+def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfig) -> peft.PeftModel:
+    """Low-rank adapters on the language model; other parts that train are trained whole and saved with the adapters."""
+    language = PARTS["language_model"]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    whole = {name.split(".")[0] for name in trained if not name.startswith(language)}
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        modules_to_save=sorted(whole) or None,
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def plain_model(model: Any) -> PerceptionDLMForConditionalGeneration:
+    """The model itself, adapters in place."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model  # type: ignore[return-value]
+
+
+def parameter_groups(
+    model: nn.Module, decayed: Collection[str], weight_decay: float, rates: dict[str, float], rate: float
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: every trained parameter once, with its part's learning rate and its weight decay.
+
+    Args:
+        decayed: names of the parameters that decay (not biases, not norms).
+        rates: learning rates of single parts; `rate` is that of the others.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (rates.get(part_of(name), rate), weight_decay if name in decayed else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Parameters of every part: `{"projector": {"total": …, "trained": …}, …}`."""
+    counts = {part: {"total": 0, "trained": 0} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # the state before training, which adapters keep beside a part trained whole
+            continue
+        counts[part_of(name)]["total"] += parameter.numel()
+        counts[part_of(name)]["trained"] += parameter.numel() * parameter.requires_grad
+    return counts
