@@ -195,7 +195,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_by_bit(tmp_path):
         deadline = time.monotonic() + 120
         while newest_checkpoint(broken) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(random.random() / 2)
+        time.sleep(random.random() / 5)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -51,7 +51,7 @@ def write_card(run: RunConfig, summary: dict[str, Any], regions: bool) -> None:
         "pipeline_tag": "image-text-to-text",
         "tags": ["masked-diffusion", "custom_code", *(["region-captioning"] if regions else [])],
     }
-    if run.init_from:
+    if run.init_from and not Path(run.init_from).exists():  # a model on the Hub
         header["base_model"] = run.init_from
     text = CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),

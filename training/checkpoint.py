@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -75,11 +73,11 @@ def require_space(folder: str | Path, num_bytes: int) -> None:
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The latest complete checkpoint of a run, or None. One that a killed run was still writing does not count."""
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    folders = Path(output_dir).glob("checkpoint-*")
     numbered = sorted((int(f.name.split("-")[-1]), f) for f in folders if f.name.split("-")[-1].isdecimal())
     for _, folder in reversed(numbered):
         try:
-            TrainerState.load_from_json(str(folder / "trainer_state.json"))  # written last
+            json.loads((folder / "trainer_state.json").read_text())  # written last
             return folder
         except (OSError, json.JSONDecodeError) as error:
             print(f"{folder} is not complete and is passed over: {error}")

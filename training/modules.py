@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any
 
-import peft
 from torch import nn
 
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -35,8 +34,10 @@ def prepare_parts(model: PerceptionDLMForConditionalGeneration, config: TrainCon
     return model if config.lora is None else add_adapters(model, config.lora)
 
 
-def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfig) -> peft.PeftModel:
+def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfig) -> nn.Module:
     """Low-rank adapters on the language model; other parts that train are trained whole and saved with the adapters."""
+    import peft  # of the extra `training`, which planning without adapters does not need
+
     language = PARTS["language_model"]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     whole = {name.split(".")[0] for name in trained if not name.startswith(language)}
@@ -52,7 +53,7 @@ def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfi
 
 def plain_model(model: Any) -> PerceptionDLMForConditionalGeneration:
     """The model itself, adapters in place."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def parameter_groups(
