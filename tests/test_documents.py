@@ -1,0 +1,51 @@
+"""The documents say what was measured: figures in their tables are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evaluation" / "results"
+SYSTEMS = {
+    "as released": "full",
+    "cached prefix, 32 passes": "cached",
+    "cached prefix, 6 passes": "fast",
+    "on an image encoded before": "fast_on_cached_image",
+    "region by region, image encoded anew": "ar_one_by_one",
+    "region by region, shared prefix": "ar_shared_prefix",
+    "all regions in one batch": "ar_batch",
+}
+
+
+def table_rows(document: str, after: str) -> list[list[str]]:
+    """Cells of the first Markdown table behind a text."""
+    text = (ROOT / document).read_text()
+    lines = text[text.index(after) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
+    table = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/efficiency.md"])
+def test_speed_table_is_the_committed_measurement(document):
+    result = json.loads((RESULTS / "efficiency_small_cpu.json").read_text())
+    seconds = {(row["system"], row["regions"]): row["seconds"] for row in result["rows"]}
+    rows = table_rows(document, "seconds per image")
+    assert len(rows) == len(SYSTEMS)
+    for name, *cells in rows:
+        (system,) = (system for words, system in SYSTEMS.items() if words in name)
+        for regions, cell in zip((1, 4, 6), cells, strict=True):
+            assert float(cell) == pytest.approx(seconds[system, regions], rel=0.006), (name, regions)
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
