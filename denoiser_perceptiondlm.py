@@ -176,7 +176,7 @@ class Denoiser:
             return
         new = prompt.tokens(cache.length)
         mask = self.model.attention_mask(new.roles, prompt.roles)
-        self.model.language_model(new.embeds, mask, new.positions, cache)
+        self.model.language_model.fill(new.embeds, mask, new.positions, cache)
         cache.keep(new.ids.shape[1])
 
     def _run_on(self, prompt: Prompt, layout: AnswerLayout, cache: PrefixCache | None) -> None:

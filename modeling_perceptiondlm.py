@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import ModelOutput
 
 from .attention_perceptiondlm import PAD, ROI, TokenRoles, allowed_attention, attention_bias, prompt_positions
@@ -83,14 +84,30 @@ class BidirectionalLlamaModel(LlamaModel):
             position_ids: (B, X) int64.
             past_key_values: a `PrefixCache`, or None.
         """
-        # Layers get the rotation, not the ids: flash attention takes repeated ids for packed sequences.
-        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        hidden = inputs_embeds
-        for layer in self.layers:
+        hidden, _ = self._through(self.layers, inputs_embeds, attention_mask, position_ids, past_key_values)
+        return self.norm(hidden)
+
+    def fill(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
+        """Add keys and values of tokens to a `PrefixCache`. Nothing reads what the last layer makes of them."""
+        *layers, last = self.layers
+        hidden, rotary = self._through(layers, inputs_embeds, attention_mask, position_ids, past_key_values)
+        attention, hidden = last.self_attn, last.input_layernorm(hidden)
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
+        key, value = (proj(hidden).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
+        _, key = apply_rotary_pos_emb(key, key, *rotary)
+        past_key_values.update(key, value, attention.layer_idx)
+
+    def _through(self, layers, hidden, attention_mask, position_ids, past_key_values):
+        """Hidden states (B, X, D) behind some layers, and the rotation of the tokens' positions.
+
+        Layers get the rotation, not the ids: flash attention takes repeated ids for packed sequences.
+        """
+        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        for layer in layers:
             hidden = layer(
                 hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_embeddings=rotary
             )
-        return self.norm(hidden)
+        return hidden, rotary
 
 
 class PerceptionDLMProjector(nn.Module):

@@ -177,7 +177,9 @@ def test_a_prefix_is_refreshed_every_so_many_passes(tiny_model, tiny_processor, 
     model = tiny_model(attention_layout=layout)
     batch = tiny_processor(model)(images=scene.image, masks=masks_of(scene))
     lengths = []
-    hook = model.language_model.norm.register_forward_hook(lambda _module, x, _output: lengths.append(x[0].shape[1]))
+    hook = model.language_model.layers[0].register_forward_hook(
+        lambda _module, x, _output: lengths.append(x[0].shape[1])
+    )
     answers = 3 * (SLOTS + 2)
     whole = batch["input_ids"].shape[1] + answers
     found = generate(model, batch, refresh_interval=3, early_exit=False)

@@ -292,7 +292,9 @@ def test_a_cached_step_runs_the_answers_alone(tiny_model, tiny_processor, scene,
     model = tiny_model(attention_layout=layout)
     inputs = region_batch(tiny_processor(model), scene)
     lengths = []
-    hook = model.language_model.norm.register_forward_hook(lambda _module, x, _output: lengths.append(x[0].shape[1]))
+    hook = model.language_model.layers[0].register_forward_hook(
+        lambda _module, x, _output: lengths.append(x[0].shape[1])
+    )
     output = generate(model, inputs, use_cache=use_cache, steps=3)
     hook.remove()
     prompt, answers = inputs["input_ids"].shape[1], 3 * (1 + SLOTS + (layout != "isolated"))

@@ -55,7 +55,7 @@ def test_regions_in_several_passes_share_the_image(model, processor, scene, enco
 def test_a_further_region_costs_its_own_tokens(model, processor, scene, encoded):
     """No tile is encoded again, and the language model reads only the region's tokens before the first step."""
     vision = Counter(model.vision_tower, lambda inputs: len(inputs[0]))
-    language = Counter(model.language_model, lambda inputs: inputs[0].shape[1])
+    language = Counter(model.language_model.layers[0], lambda inputs: inputs[0].shape[1])
     first = processor(images=encoded, masks=masks_of(scene)[:1])
     model.generate(**first, encoded_image=encoded, **SETTINGS)
     before = list(language.calls)
