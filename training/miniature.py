@@ -1,6 +1,6 @@
 """The paper's training in miniature: four base stages and the region stage, each starting from the one before.
 
-    python -m perceptiondlm.training.miniature            # or `make miniature`: about 25 minutes on two cores
+    python -m perceptiondlm.training.miniature            # or `make miniature`: about 26 minutes on two cores
 
 Every stage's checkpoint is scored on a world it never saw: base models by the share of questions about objects that
 they answer exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages before it
