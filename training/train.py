@@ -104,6 +104,9 @@ def train(run: RunConfig) -> Path:
     last = newest_checkpoint(run.output_dir) if run.resume else None
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finish(run, trainer)
+    # No process may leave before the others: the launcher would end them while the checkpoint is being written.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return Path(run.export_dir)
 
 
