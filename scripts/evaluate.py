@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         images, measured = caption(options, benchmark, out, state)
         captions, issues = check_captions(all_captions(images), region_ids)
+    state.destroy_process_group()  # the processes have nothing to say to each other any more
     if not state.is_main_process:
         return
     write_captions(captions, out / "captions.json")
