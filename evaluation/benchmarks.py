@@ -12,7 +12,6 @@ its top:
 ====================  ======================================================================================
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from perceptiondlm.evaluation.questions import PROTOCOLS, Question
 from perceptiondlm.evaluation.scoring import BenchmarkScore, Crop, Judge, score_captions
+from perceptiondlm.scripts.json_files import read_json
 
 
 HUB_IDS = {"paradlc": "MSALab/ParaDLC-Bench", "dlc": "nvidia/DLC-Bench"}
@@ -198,7 +198,7 @@ def load_benchmark(name_or_path: str | Path, protocol: str | None = None, revisi
         folder = Path(snapshot_download(HUB_IDS[name], repo_type="dataset", revision=revision))
     elif not folder.is_dir():
         raise FileNotFoundError(f"{name!r} is neither a folder nor one of the benchmarks {tuple(HUB_IDS)}")
-    annotations, class_names, questions = (_read_json(_find(folder, file)) for file in FILES)
+    annotations, class_names, questions = (read_json(_find(folder, file)) for file in FILES)
     image_folder = _find(folder, "images")
     if isinstance(annotations, list):
         images, found = list(_paradlc_images(annotations)), "paradlc"
@@ -275,13 +275,6 @@ def _find(folder: Path, name: str) -> Path:
     if found is None and name in FILES:
         raise FileNotFoundError(f"{folder} has no {name}, neither at its top nor in annotations/")
     return found or places[0]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 # An image before its questions are joined: id, file name, height, width, region ids with run lengths.

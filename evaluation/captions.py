@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from perceptiondlm.scripts.json_files import write_json
+
 
 MAX_NAMED = 300  # keys listed in one message
 
@@ -112,15 +114,7 @@ def check_captions(
 
 def write_captions(captions: Mapping[str, str], path: Path) -> None:
     """Write captions in the published form."""
-    write_json(dict(captions), path)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file at once: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, dict(captions))
 
 
 def _noting_repeated(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
@@ -157,6 +151,14 @@ class CaptionedImage:
     generate_seconds: float
     seconds: float
 
+    @classmethod
+    def of_output(
+        cls, image_id: str, captions: dict[str, str], output: Any, generate_seconds: float, seconds: float
+    ) -> "CaptionedImage":
+        """The record of what `generate` returned for an image."""
+        slots = round(output.tokens_per_forward * output.num_forward_passes)
+        return cls(image_id, captions, slots, output.num_forward_passes, generate_seconds, seconds)
+
 
 class CaptionLog:
     """An append-only log of captioned images in a folder; each process of a run grows a file of its own.
@@ -182,7 +184,7 @@ class CaptionLog:
         path = self.folder / "run.json"
         given = json.loads(json.dumps(settings))
         if not path.exists():
-            write_json(given, path)
+            write_json(path, given)
             return
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in {**before, **given} if before.get(key) != given.get(key)]

@@ -8,7 +8,6 @@ step, without early exit.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.scenes import evaluate_scenes
+from perceptiondlm.scripts.json_files import write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +100,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True).eval()
     result = {**curves(model, processor, options.seed, options.images), "environment": environment()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     if options.plot:
         plot(result, options.plot)
     print(table(result))

@@ -8,7 +8,6 @@ Scores are those of `scenes_report`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from perceptiondlm.evaluation.captions import CaptionedImage
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.measuring import timed
 from perceptiondlm.evaluation.scenes import scenes_report
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.scripts.loading import QUANTIZATIONS, quantization, torch_dtype
 from perceptiondlm.training.scenes import Scene, draw_scene
 
@@ -54,14 +54,8 @@ class Format:
         seconds, _ = timed(lambda: outputs.append(self.model.generate(**inputs, **settings)), self.model.device)
         (output,) = outputs
         (texts,) = processor.post_process_region_captions(output)
-        self.images[scene.image_id] = CaptionedImage(
-            image_id=scene.image_id,
-            captions=dict(zip(scene.region_ids, texts, strict=True)),
-            num_slots=round(output.tokens_per_forward * output.num_forward_passes),
-            num_forward_passes=output.num_forward_passes,
-            generate_seconds=seconds,
-            seconds=seconds,
-        )
+        captions = dict(zip(scene.region_ids, texts, strict=True))
+        self.images[scene.image_id] = CaptionedImage.of_output(scene.image_id, captions, output, seconds, seconds)
         self.tokens.append(output.sequences.cpu())
         if compare_uncached and not self.quantized:
             self.uncached.append(self.model.generate(**inputs, use_cache=False, **settings).sequences.cpu())
@@ -132,8 +126,7 @@ def main() -> None:
     device = torch.device(options.device)
     rows = compare(options.model, options.formats, options.seed, options.images, device)
     result = {"seed": options.seed, "num_images": options.images, "rows": rows, "environment": environment(device)}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(table(rows))
 
 

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perceptiondlm.evaluation.captions import CaptionIssues, write_json
+from perceptiondlm.evaluation.captions import CaptionIssues
 from perceptiondlm.evaluation.paper_tables import Cell, beside_paper, cell_text, markdown_table
 from perceptiondlm.evaluation.scoring import BenchmarkScore
+from perceptiondlm.scripts.json_files import write_json
 
 
 HEADLINE = {"Pos": "positive", "Neg": "negative", "Avg": "average"}
@@ -57,7 +58,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the record as JSON."""
-        write_json(asdict(self), path)
+        write_json(path, asdict(self))
 
 
 def read_results(path: Path) -> Results:

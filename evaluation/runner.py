@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.evaluation.benchmarks import Benchmark
 from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog
+from perceptiondlm.evaluation.measuring import synchronize
 
 
 WAIT = timedelta(days=2)  # for the slowest process; the default is minutes
@@ -51,26 +52,15 @@ def caption_image(
     regions = list(masks.values())
     inputs = processor(images=image, text=question, masks=regions, max_regions_per_pass=max_regions_per_pass)
     inputs = inputs.to(model.device)
-    _synchronize(model.device)
+    synchronize(model.device)
     generating = time.perf_counter()
     output = model.generate(**inputs, **generate_kwargs)
-    _synchronize(model.device)
+    synchronize(model.device)
     generated = time.perf_counter()
     (texts,) = processor.post_process_region_captions(output)
-    return CaptionedImage(
-        image_id=image_id,
-        captions=dict(zip(masks, texts, strict=True)),
-        num_slots=round(output.tokens_per_forward * output.num_forward_passes),
-        num_forward_passes=output.num_forward_passes,
-        generate_seconds=generated - generating,
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the accelerator, so that times are of work done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    captions = dict(zip(masks, texts, strict=True))
+    seconds = time.perf_counter() - start
+    return CaptionedImage.of_output(image_id, captions, output, generated - generating, seconds)
 
 
 def require_pictures(benchmark: Benchmark) -> None:

@@ -5,7 +5,6 @@ evaluation/efficiency.py. Weights are random unless the shape is `embedded`.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from perceptiondlm.evaluation.efficiency import GRID, SHAPES, SYSTEMS, Study, bu
 from perceptiondlm.evaluation.efficiency_plots import plot_groups, plot_regions
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.measuring import bandwidth, peak_flops, timed
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.scripts.loading import REPOSITORY, torch_dtype
 
 
@@ -67,14 +67,13 @@ def run(options: argparse.Namespace) -> None:
         "environment": environment(device), "rows": [], "groups": [],
     }  # fmt: skip
     result["weight_read_seconds"] = result["language_weight_bytes"] / result["bandwidth_bytes_per_s"]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     for count in options.regions:
         result["rows"] += measure(study, count, options, device, result)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")  # what an interruption leaves is whole
+        write_json(options.json, result)  # what an interruption leaves is whole
         print(table(result, count))
     if options.at_a_time:
         result["groups"] = measure_groups(study, max(options.regions), options, device)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
         print(group_table(result["groups"]))
     if options.plot:
         plot_regions(result, options.plot)

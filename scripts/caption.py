@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.regions_perceptiondlm import load_image, region_masks
 from perceptiondlm.scripts.annotate import annotate
-from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline, read_json
+from perceptiondlm.scripts.json_files import read_json, write_json
+from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline
 
 
 MASK_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -63,8 +64,7 @@ def run(options: argparse.Namespace) -> None:
             masks = region_masks((image.height, image.width), **{form: value})
             draw(options, path, image, masks, captions)
     if options.json and options.json.suffix != ".jsonl":
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
 
 
 def region_arguments(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:

@@ -6,9 +6,9 @@ The first is what the others are compared to. Results of one system by several j
 import argparse
 from pathlib import Path
 
-from perceptiondlm.evaluation.captions import write_json
 from perceptiondlm.evaluation.compare import compare, comparison_markdown
 from perceptiondlm.evaluation.run_results import read_results
+from perceptiondlm.scripts.json_files import write_json
 
 
 PAPER_TABLES = (2, 5, 6, 7, 9, 10, 11, 12)  # those with the columns Pos, Neg and Avg
@@ -34,4 +34,4 @@ def run(options: argparse.Namespace) -> None:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(text, encoding="utf-8")
     if options.json:
-        write_json(comparison.to_dict(), options.json)
+        write_json(options.json, comparison.to_dict())

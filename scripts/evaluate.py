@@ -18,7 +18,6 @@ from perceptiondlm.evaluation.captions import (
     check_captions,
     read_captions,
     write_captions,
-    write_json,
 )
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.judges import judge_report
@@ -33,6 +32,7 @@ from perceptiondlm.evaluation.runner import (
     speed,
 )
 from perceptiondlm.evaluation.scenes import evaluate_scenes
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 from perceptiondlm.scripts.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
 from perceptiondlm.training.scenes import write_scenes
@@ -118,7 +118,7 @@ def run_scenes(options: argparse.Namespace) -> None:
     report["environment"] = environment(pipe.device)
     print(table(report))
     if options.json:
-        write_json(report, options.json)
+        write_json(options.json, report)
 
 
 def open_benchmark(options: argparse.Namespace, out: Path, state: PartialState) -> Benchmark:

@@ -6,7 +6,6 @@ As the paper does for ChartQA, DocVQA and InfoVQA, with Qwen3-8B.
 import argparse
 from pathlib import Path
 
-from perceptiondlm.evaluation.captions import write_json
 from perceptiondlm.evaluation.general_benchmarks import find_benchmark
 from perceptiondlm.evaluation.judges import judge_report
 from perceptiondlm.evaluation.paper_tables import cell_text, markdown_table, paper_table
@@ -17,6 +16,7 @@ from perceptiondlm.evaluation.strict_answers import (
     strict_report,
     task_of_log,
 )
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
 
@@ -46,4 +46,4 @@ def run(options: argparse.Namespace) -> None:
             print(f"{task}: unreadable verdicts, counted as wrong: {', '.join(report['unreadable'])}")
     print(markdown_table(["task", "answers", "strict accuracy", f"{paper.columns[0]} in the paper"], rows))
     if options.json:
-        write_json({"judge": judge_report(judge), "tasks": reports}, options.json)
+        write_json(options.json, {"judge": judge_report(judge), "tasks": reports})

@@ -1,7 +1,6 @@
 """What the subcommands share: which model, on which device, with which generate settings."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,3 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype must be a torch dtype such as float32 or bfloat16, got {name!r}")
     return dtype
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content; refuses a missing or broken file by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error

@@ -1,9 +1,9 @@
 """`perceptiondlm plan`: what a training run will take, before it starts. The formulas stand in docs/training.md."""
 
 import argparse
-import json
 from pathlib import Path
 
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.training.config import load_run_config
 from perceptiondlm.training.planner import PAPER_TFLOPS, SHARDINGS, Machine, make_plan, plan_json, show_plan
 
@@ -27,5 +27,4 @@ def run(options: argparse.Namespace) -> None:
     plan = make_plan(load_run_config(options.config, options.overrides), machine)
     print(show_plan(plan))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(plan_json(plan), indent=1) + "\n")
+        write_json(options.json, plan_json(plan))

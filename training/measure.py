@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoProcessor
 from perceptiondlm.attention_perceptiondlm import PAD, TokenRoles, allowed_attention, prompt_positions
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.modeling_perceptiondlm import AnswerLayout, BidirectionalLlamaModel, Prompt
+from perceptiondlm.layout_perceptiondlm import AnswerLayout, Prompt
+from perceptiondlm.modeling_perceptiondlm import BidirectionalLlamaModel
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig

@@ -18,11 +18,12 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from perceptiondlm.evaluation.conversations import evaluate_conversations
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.scenes import evaluate_scenes
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.training.checkpoint import export, register_auto_classes
 from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.object_sets import KINDS, write_set
 from perceptiondlm.training.start import build_model
-from perceptiondlm.training.train import train, write_json
+from perceptiondlm.training.train import train
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -8,6 +8,9 @@ import torch
 from torch.utils.data import Sampler
 
 
+POOL = 50  # batches that are sorted together when they are grouped by length
+
+
 class SizedSamples(Protocol):
     """A dataset in random access that knows its samples' lengths and its epoch, such as `MixtureDataset`."""
 
@@ -32,7 +35,7 @@ class LengthGroupedBatches(Sampler[int]):
         pool: batches that are sorted together; 1 gives a plain shuffle.
     """
 
-    def __init__(self, dataset: SizedSamples, batch_size: int, seed: int, world_size: int = 1, pool: int = 50):
+    def __init__(self, dataset: SizedSamples, batch_size: int, seed: int, world_size: int = 1, pool: int = POOL):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.world_size, self.pool = world_size, pool
 
@@ -74,7 +77,7 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     return 1 - used / taken
 
 
-def padding_report(dataset: SizedSamples, batch_size: int, seed: int, pool: int = 50) -> dict[str, float]:
+def padding_report(dataset: SizedSamples, batch_size: int, seed: int, pool: int = POOL) -> dict[str, float]:
     """Padding share of an epoch with and without length grouping, for a run's summary."""
     return {
         name: padding_share(dataset.lengths, grouped_batches(dataset.lengths, batch_size, size, seed))

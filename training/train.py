@@ -8,7 +8,6 @@ complete checkpoint of an interrupted run, `--dry-run` prints what a run would d
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -19,6 +18,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from perceptiondlm.evaluation.environment import environment
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.training.card import write_card
 from perceptiondlm.training.checkpoint import export, newest_checkpoint, register_auto_classes
 from perceptiondlm.training.collator import AnswerCollator
@@ -158,12 +158,6 @@ def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
     if not run.data.streaming:
         summary["padding"] = padding_report(dataset, args.train_batch_size, args.seed)
     return summary
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file for people to read, too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,10 +15,7 @@ from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
 from perceptiondlm.training.modules import parameter_groups
-from perceptiondlm.training.sampling import LengthGroupedBatches
-
-
-POOL = 50  # batches sorted together when they are grouped by length
+from perceptiondlm.training.sampling import POOL, LengthGroupedBatches
 
 
 class PerceptionDLMTrainer(Trainer):

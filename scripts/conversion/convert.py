@@ -29,7 +29,7 @@ from perceptiondlm.scripts.conversion.files import (
     write_shards,
 )
 from perceptiondlm.scripts.conversion.plan import Plan
-from perceptiondlm.scripts.loading import read_json
+from perceptiondlm.scripts.json_files import read_json
 from perceptiondlm.training.checkpoint import prepare_config, register_auto_classes
 from perceptiondlm.training.tokenizer import REGION_TOKENS, VISION_TOKENS
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from perceptiondlm.scripts.loading import read_json
+from perceptiondlm.scripts.json_files import read_json
 from perceptiondlm.training.checkpoint import require_space
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.scripts.conversion import layouts
-from perceptiondlm.scripts.loading import read_json
+from perceptiondlm.scripts.json_files import read_json
 from perceptiondlm.training.tokenizer import REGION_TOKENS, VISION_TOKENS, special_token_ids
 
 
