@@ -1,5 +1,6 @@
 """Share of questions about drawn pictures, of whole scenes or single objects, that a model answers exactly."""
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from perceptiondlm.training.object_sets import cut, drawn_objects, object_turns
+from perceptiondlm.training.object_sets import cut, drawn_objects, in_words, object_turns
 from perceptiondlm.training.scenes import draw_scene, scene_conversation
 
 
@@ -35,7 +36,18 @@ def object_pictures(seed: int, count: int) -> Iterable[tuple[Image.Image, Turns]
         yield cut(scene, item), [(kind, *turn) for kind, turn in object_turns(item).items()]
 
 
-PICTURES = {"scene_conversations": scene_pictures, "objects": object_pictures}
+def objects_in_words(seed: int, count: int) -> Iterable[tuple[None, Turns]]:
+    """The same questions with words in place of the pictures."""
+    for number, (_, item) in enumerate(drawn_objects(seed, count)):
+        shown = in_words(item, random.Random(f"words/{seed}/{number}"))
+        yield None, [(kind, f"{shown}\n{q}", a) for kind, (q, a) in object_turns(item).items()]
+
+
+DATASETS = {
+    "scene_conversations": scene_pictures,
+    "objects": object_pictures,
+    "objects_in_words": objects_in_words,
+}
 
 
 def evaluate_conversations(
@@ -44,7 +56,7 @@ def evaluate_conversations(
     """Ask all questions about the first `num_images` pictures of world `seed`.
 
     Args:
-        dataset: one of `PICTURES`.
+        dataset: one of `DATASETS`.
     Returns:
         a JSON-ready report: `exact` (share of answers equal to the reference) in percent, `per_kind` the same by kind
         of question, `num_questions`, and every answer.
@@ -55,7 +67,7 @@ def evaluate_conversations(
     model.eval()
     answers = []
     with torch.inference_mode():
-        pictures = PICTURES[dataset](seed, num_images)
+        pictures = DATASETS[dataset](seed, num_images)
         for image, turns in tqdm(pictures, total=num_images, desc="asking", disable=not progress):
             answers += ask(model, processor, image, turns, **generate_kwargs)
     model.train(was_training)
@@ -73,10 +85,11 @@ def evaluate_conversations(
     }
 
 
-def ask(model, processor, image: Image.Image, turns: Turns, **generate_kwargs: Any) -> list[dict[str, str]]:
+def ask(model, processor, image: Image.Image | None, turns: Turns, **generate_kwargs: Any) -> list[dict[str, str]]:
     """All questions about a picture in one batch, with the answers and the references."""
     questions = [question for _, question, _ in turns]
-    inputs = processor(images=[[image]] * len(turns), text=questions).to(model.device)
+    images = [[] if image is None else [image]] * len(turns)
+    inputs = processor(images=images, text=questions).to(model.device)
     texts = processor.post_process_image_text_to_text(model.generate(**inputs, **generate_kwargs))
     return [
         {"kind": kind, "question": question, "answer": text.strip(), "reference": reference}

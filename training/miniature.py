@@ -1,32 +1,32 @@
 """The paper's training in miniature: four base stages and the region stage, each starting from the one before.
 
-    python -m perceptiondlm.training.miniature            # or `make miniature`: about 26 minutes on two cores
+    python -m perceptiondlm.training.miniature            # or `make miniature`: under 30 minutes on two cores
 
-Every stage's checkpoint is scored on a world it never saw: base models by the share of questions about objects that
-they answer exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages before it
-shows what these bought. Stages that are finished are not run again; an interrupted one continues.
+The embedded model lends its vision tower and its language model. The latter first learns to answer questions about
+objects from text alone, so that it stands where LLaDA stands at full size: it knows the words, but no picture. Every
+checkpoint is scored on a world it never saw: base models by the share of questions about objects that they answer
+exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages shows what these bought.
+Stages that are finished are not run again; an interrupted one continues.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoProcessor, set_seed
+from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.evaluation.conversations import evaluate_conversations
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.scenes import evaluate_scenes
-from perceptiondlm.scripts.json_files import write_json
-from perceptiondlm.training.checkpoint import export, register_auto_classes
+from perceptiondlm.scripts.json_files import read_json, write_json
 from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.object_sets import KINDS, write_set
-from perceptiondlm.training.start import build_model
 from perceptiondlm.training.train import train
 
 
 CONFIGS = Path(__file__).parent / "configs"
+WORLD = 1000  # seed of the world that checkpoints are scored on
 
 
 @dataclass
@@ -35,9 +35,10 @@ class Stage:
 
     Args:
         config: its file.
-        after: the stage it starts from; None: the lent parts.
+        after: the stage it starts from; None: the model that lends its parts.
         steps: optimizer steps.
         kinds: of questions about objects that it trains on, see `object_sets`; none: the file's own data.
+        pictures: whether pictures show the objects, or words tell of them.
         overrides: what it changes in the file.
     """
 
@@ -45,27 +46,38 @@ class Stage:
     after: str | None
     steps: int
     kinds: tuple[str, ...] = ()
+    pictures: bool = True
     overrides: tuple[str, ...] = ()
 
 
+READING = (
+    "train={parts: [language_model], reset: [projector, language_model]}",
+    "trainer.per_device_train_batch_size=16",
+    "trainer.learning_rate=1.2e-3",
+)
 TUNED = "train={parts: [projector, language_model]}"
 STAGES = {
-    "stage1_alignment": Stage("miniature_base", None, 300, ("name",)),
+    "language_model": Stage("miniature_base", None, 2000, KINDS, pictures=False, overrides=READING),
+    "stage1_alignment": Stage("miniature_base", "language_model", 400, ("name", "detail")),
     "stage2_midtraining": Stage(
-        "miniature_base", "stage1_alignment", 600, ("name", "detail"), (TUNED, "trainer.learning_rate=1e-3")
+        "miniature_base",
+        "stage1_alignment",
+        500,
+        ("name", "detail"),
+        overrides=(TUNED, "trainer.learning_rate=6e-4"),
     ),
     "stage3_instruction": Stage(
         "miniature_base",
         "stage2_midtraining",
         300,
         ("name", "color", "pattern", "part"),
-        (TUNED, "trainer.learning_rate=5e-4"),
+        overrides=(TUNED, "trainer.learning_rate=4e-4"),
     ),
     "stage4_refinement": Stage(
-        "miniature_base", "stage3_instruction", 250, KINDS, (TUNED, "trainer.learning_rate=3e-4")
+        "miniature_base", "stage3_instruction", 250, KINDS, overrides=(TUNED, "trainer.learning_rate=2e-4")
     ),
-    "regions": Stage("miniature_regions", "stage4_refinement", 200),
-    "regions_without_base": Stage("miniature_regions", None, 200, (), ("train.reset=[projector, regions]",)),
+    "regions": Stage("miniature_regions", "stage4_refinement", 550),
+    "regions_without_base": Stage("miniature_regions", "language_model", 550),
 }
 
 
@@ -98,66 +110,84 @@ class Miniature:
 
     def train(self, name: str) -> None:
         """Run a stage, on objects of a world of its own, every one seen about once."""
-        run = self.config(name)
-        if STAGES[name].kinds:
+        run, stage = self.config(name), STAGES[name]
+        if stage.kinds:
             rows = run.trainer["max_steps"] * run.trainer["per_device_train_batch_size"]
-            write_set(self.folder / name / "set", 10 + list(STAGES).index(name), rows, STAGES[name].kinds)
+            seed = 10 + list(STAGES).index(name)
+            write_set(self.folder / name / "set", seed, rows, stage.kinds, stage.pictures)
         train(run)
 
     def run(self) -> dict[str, Any]:
         """Run and score everything that is not there yet; returns the scores by stage."""
-        self.lend()
-        results = {"lent_parts": self.score("lent_parts")}
+        results = {}
         for name in STAGES:
             if not Path(self.folder, name, "final", "summary.json").is_file():
                 self.train(name)
             results[name] = self.score(name)
         return results
 
-    def lend(self) -> None:
-        """Save the start of stage 1: lent vision tower and language model, a fresh projector."""
-        target = self.folder / "lent_parts" / "final"
-        if not (target / "config.json").is_file():
-            set_seed(0)
-            register_auto_classes()
-            model, processor = build_model(self.config("stage1_alignment"))
-            export(model, processor, target, model.dtype)
-
     def score(self, name: str) -> dict[str, Any]:
         """Scores of a stage's checkpoint, loaded as users load it; kept beside it."""
         folder = self.folder / name
         path = folder / "scores.json"
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path)
         model = AutoModel.from_pretrained(folder / "final", trust_remote_code=True)
         processor = AutoProcessor.from_pretrained(folder / "final", trust_remote_code=True)
-        if model.config.region_conditioning == "none":
-            report = evaluate_conversations(model, processor, "objects", 1000, self.images, progress=True)
-            kept = ["exact", "per_kind", "num_questions"]
-        else:
-            report = evaluate_scenes(model, processor, 1000, self.images, progress=True)
-            kept = ["average", "positive", "negative", "recognition", "exact", "num_regions"]
-        scores = {key: report[key] for key in kept}
-        if (folder / "final" / "summary.json").is_file():
-            summary = json.loads((folder / "final" / "summary.json").read_text())
-            scores |= {key: summary[key] for key in ("steps", "batch_size", "loss")}
-            scores |= {"seconds": summary["speed"]["seconds"]}
-        write_json(path, scores)
-        return scores
+        scores = region_scores if STAGES[name].config == "miniature_regions" else base_scores
+        summary = read_json(folder / "final" / "summary.json")
+        result = {
+            **{key: summary[key] for key in ("steps", "batch_size", "loss")},
+            "seconds": summary["speed"]["seconds"],
+            **scores(model, processor, self.images),
+        }
+        write_json(path, result)
+        return result
+
+
+def base_scores(model, processor, num_images: int) -> dict[str, Any]:
+    """Questions about objects answered exactly, shown in pictures and told in words, in percent."""
+    shown = evaluate_conversations(model, processor, "objects", WORLD, num_images, progress=True)
+    told = evaluate_conversations(model, processor, "objects_in_words", WORLD, num_images, progress=True)
+    return {key: shown[key] for key in ("exact", "per_kind", "num_questions")} | {"exact_from_words": told["exact"]}
+
+
+def region_scores(model, processor, num_images: int) -> dict[str, Any]:
+    """Captions of whole scenes by the protocol of ParaDLC-Bench, in percent."""
+    report = evaluate_scenes(model, processor, WORLD, num_images, progress=True)
+    return {key: report[key] for key in ("average", "positive", "negative", "recognition", "exact", "num_regions")}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores as a Markdown table: answers and captions exactly right, and Avg, in percent."""
-    lines = ["| checkpoint | steps | minutes | answers right | names | Avg | recognition | captions right |"]
-    lines.append("| --- " * 8 + "|")
-    for name, row in results.items():
-        steps, minutes = row.get("steps", 0), row.get("seconds", 0) / 60
-        base = "per_kind" in row
-        cells = [row["exact"], row["per_kind"]["name"]] if base else [row["average"], row["recognition"], row["exact"]]
-        numbers = [f"{cell:.1f}" for cell in cells]
-        columns = [*numbers, *[""] * 3] if base else [*[""] * 2, *numbers]
-        lines.append(f"| {name} | {steps} | {minutes:.1f} | " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+    """The scores as two Markdown tables, of base models and of region models, in percent."""
+    base = [row_text(name, row, base_numbers(row)) for name, row in results.items() if "per_kind" in row]
+    regions = [row_text(name, row, region_numbers(row)) for name, row in results.items() if "average" in row]
+    return "\n".join(
+        [
+            f"| after | steps | minutes | all | {' | '.join(KINDS)} | told in words |",
+            "| --- " * (5 + len(KINDS)) + "|",
+            *base,
+            "",
+            "| after | steps | minutes | Avg | recognition | captions right |",
+            "| --- " * 6 + "|",
+            *regions,
+        ]
+    )
+
+
+def base_numbers(row: dict[str, Any]) -> list[float]:
+    """A base model's columns."""
+    return [row["exact"], *(row["per_kind"][kind] for kind in KINDS), row["exact_from_words"]]
+
+
+def region_numbers(row: dict[str, Any]) -> list[float]:
+    """A region model's columns."""
+    return [row["average"], row["recognition"], row["exact"]]
+
+
+def row_text(name: str, row: dict[str, Any], numbers: list[float]) -> str:
+    """A line of a table."""
+    return f"| {name} | {row['steps']} | {row['seconds'] / 60:.1f} | {' | '.join(f'{n:.1f}' for n in numbers)} |"
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """Conversation sets about single drawn objects, as parquet in the published format: data for `miniature`.
 
-Every row is a picture cut around one object of a scene, and one question about it with its answer.
+Every row is one question about an object with its answer, and what tells it: a picture cut around the object, or, in
+sets that are text alone, what a picture would show, said in words.
 """
 
 import json
+import random
 from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -20,18 +22,31 @@ KINDS = ("name", "detail", "color", "pattern", "part")
 MARGIN = 0.12  # of an object's longer side, left around it
 
 
+def phrases(item: SceneObject) -> list[str]:
+    """What a picture of an object shows: the whole, then every visible part."""
+    return [f"{item.pattern} {item.color} {item.category}", *(f"{p.color} {p.name}" for p in item.visible_parts)]
+
+
+def in_words(item: SceneObject, dice: random.Random) -> str:
+    """The same in words and in no order, some of it said twice: "blue wings, dotted red bird, blue wings"."""
+    said = [phrase for phrase in phrases(item) for _ in range(dice.randint(1, 2))]
+    dice.shuffle(said)
+    return ", ".join(said)
+
+
 def object_turns(item: SceneObject) -> dict[str, tuple[str, str]]:
     """A question and its answer for every kind; `part` asks for a part that is there or for one that is not.
 
-    The size of an object cannot be seen in a picture cut around it, so no answer says it.
+    Answers are short: `detail` names one part. The size of an object cannot be seen in a picture cut around it, so no
+    answer says it.
     """
-    detail = item.caption.replace(f"a {item.size} ", "a ", 1)
+    whole, *parts = phrases(item)
     drawn = [part.name for part in item.parts]
     absent = [part.name for part in CATEGORIES[item.category] if part.name not in drawn]
-    asked = (absent or drawn)[-1]
+    asked = (absent or [part.name for part in item.visible_parts] or drawn)[-1]
     return {
         "name": ("What is it?", f"{item.color} {item.category}"),
-        "detail": ("Describe it in detail.", detail),
+        "detail": ("Describe it in detail.", " with ".join((whole, *parts[:1]))),
         "color": (f"What color is the {item.category}?", item.color),
         "pattern": (f"What pattern does the {item.category} have?", item.pattern),
         "part": (f"Does the {item.category} have the part {asked}?", "yes" if asked in drawn else "no"),
@@ -59,17 +74,24 @@ def drawn_objects(seed: int, count: int) -> Iterator[tuple[Scene, SceneObject]]:
         index += 1
 
 
-def write_set(path: Path, seed: int, rows: int, kinds: Collection[str] = KINDS) -> None:
-    """Write a parquet set of `rows` questions about objects of world `seed`, the kinds taking turns."""
+def write_set(path: Path, seed: int, rows: int, kinds: Collection[str] = KINDS, pictures: bool = True) -> None:
+    """Write a parquet set of `rows` questions about objects of world `seed`, the kinds taking turns.
+
+    Without `pictures` the set is text alone.
+    """
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise ValueError(f"unknown kinds of questions {unknown}, known are {KINDS}")
     order = list(kinds)
     records = []
     for number, (scene, item) in enumerate(drawn_objects(seed, rows)):
-        stream = BytesIO()
-        cut(scene, item).save(stream, "PNG")
         question, answer = object_turns(item)[order[number % len(order)]]
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"{seed}-{number}", "images": [stream.getvalue()], "conversations": json.dumps(turns)})
+        shown = "<image>" if pictures else in_words(item, random.Random(f"words/{seed}/{number}"))
+        turns = [{"from": "human", "value": f"{shown}\n{question}"}, {"from": "gpt", "value": answer}]
+        record = {"id": f"{seed}-{number}", "conversations": json.dumps(turns)}
+        if pictures:
+            stream = BytesIO()
+            cut(scene, item).save(stream, "PNG")
+            record["images"] = [stream.getvalue()]
+        records.append(record)
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records), path / "part-0.parquet")
