@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 from conftest import randomize
-from judge_server import JudgeServer, right_answer
+from judge_server import JudgeServer
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from perceptiondlm.evaluation.answer_cache import AnswerCache
+from perceptiondlm.evaluation.fake_judge import fake_answer
 from perceptiondlm.evaluation.judges import JudgeError, ReplayJudge, judge_report, make_judge
 from perceptiondlm.evaluation.questions import question_prompt, recognition_question
 from perceptiondlm.evaluation.scoring import JudgeRequest, score_captions
@@ -53,7 +54,7 @@ def _no_keys(monkeypatch):
 @pytest.fixture(scope="module")
 def clean_score():
     return score_captions(
-        CAPTIONS, QUESTIONS, CLASS_NAMES, lambda requests: [right_answer(_prompt(request)) for request in requests]
+        CAPTIONS, QUESTIONS, CLASS_NAMES, lambda requests: [fake_answer(_prompt(request)) for request in requests]
     )
 
 
