@@ -53,8 +53,7 @@ def test_the_pixels_arrive_and_the_text_is_data(tmp_path):
         parts = message["content"]
         assert (body["model"], message["role"], len(parts)) == ("fake", "user", 5)
         crop, mask = (
-            Image.open(io.BytesIO(base64.b64decode(parts[k]["image_url"]["url"].partition(",")[2])))
-            for k in (1, 3)
+            Image.open(io.BytesIO(base64.b64decode(parts[k]["image_url"]["url"].partition(",")[2]))) for k in (1, 3)
         )
         assert (np.asarray(crop) == np.asarray(IMAGE)).all()
         assert (np.asarray(mask) == 255 * MASK).all()
