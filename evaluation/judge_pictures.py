@@ -3,12 +3,15 @@
 import base64
 import hashlib
 import io
-import json
 import threading
 import zlib
 
 import numpy as np
 from PIL import Image
+
+
+_BEFORE_IMAGE = b'{"type": "text", "text": "The image around the object:"}'
+_BEFORE_MASK = b'{"type": "text", "text": "The object\'s mask, white on black:"}'
 
 
 class Pictures:
@@ -35,21 +38,17 @@ class Pictures:
         """Crop and mask as parts of a message in OpenAI's form: JSON, without the brackets of the list of parts."""
         with self._encoding:
             if self._message_parts is None:
-                parts = [
-                    {"type": "text", "text": "The image around the object:"},
-                    {"type": "image_url", "image_url": {"url": _data_url(self._image)}},
-                    {"type": "text", "text": "The object's mask, white on black:"},
-                    {"type": "image_url", "image_url": {"url": _data_url(self._mask)}},
-                ]
-                self._message_parts = json.dumps(parts)[1:-1].encode("ascii")
+                image, mask = _picture_part(self._image), _picture_part(self._mask)
+                self._message_parts = b", ".join((_BEFORE_IMAGE, image, _BEFORE_MASK, mask))
             return self._message_parts
 
 
-def _data_url(image: Image.Image) -> str:
-    """A data URL of a PNG file; run lengths make it no larger than zlib's level 1 does, and in less time."""
+def _picture_part(image: Image.Image) -> bytes:
+    """A PNG file as part of a message; run lengths make it no larger than zlib's level 1 does, and in less time."""
     file = io.BytesIO()
     image.save(file, format="PNG", compress_type=zlib.Z_RLE)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    encoded = base64.b64encode(file.getbuffer())  # needs no escapes in JSON
+    return b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,%b"}}' % encoded
 
 
 def _pixel_hash(image: Image.Image) -> str:

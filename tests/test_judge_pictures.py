@@ -39,8 +39,8 @@ def _requests(caption="a red house", image=IMAGE, mask=MASK, region_id="1_0"):
 def encoded(monkeypatch):
     """The pictures encoded so far."""
     made = []
-    encode = judge_pictures._data_url
-    monkeypatch.setattr(judge_pictures, "_data_url", lambda image: made.append(image) or encode(image))
+    encode = judge_pictures._picture_part
+    monkeypatch.setattr(judge_pictures, "_picture_part", lambda image: made.append(image) or encode(image))
     return made
 
 
