@@ -261,6 +261,16 @@ def test_azure(tmp_path, monkeypatch):
     assert "Authorization" not in server.headers[0]
 
 
+def test_proxies_of_the_environment_are_used_and_a_netrc_is_not(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine judge.invalid login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with JudgeServer() as server:
+        monkeypatch.setenv("http_proxy", server.base_url.removesuffix("/v1"))
+        make_judge("openai:fake", base_url="http://judge.invalid/v1", cache=tmp_path / "answers.jsonl")([_request()])
+    assert server.bodies[0]["path"] == "http://judge.invalid/v1/chat/completions"
+    assert "Authorization" not in server.headers[0]
+
+
 @pytest.mark.parametrize(
     ("message", "finish_reason", "expected"),
     [
