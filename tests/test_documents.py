@@ -56,7 +56,9 @@ def test_judging_times_are_the_slowest_of_the_committed_rounds():
         slowest = max(row["seconds"] for row in result["rows"] if row["judge_sees"] == sees)
         assert float(seconds) == pytest.approx(slowest, abs=0.051)
     (megabytes,) = re.findall(r"memory grows by (\d+) MB at most", text)
-    assert float(megabytes) == pytest.approx(max(row["peak_memory_growth_bytes"] for row in result["rows"]) / 1e6, abs=1)
+    assert float(megabytes) == pytest.approx(
+        max(row["peak_memory_growth_bytes"] for row in result["rows"]) / 1e6, abs=1
+    )
 
 
 def test_links_between_documents_lead_somewhere():
