@@ -123,9 +123,10 @@ def test_a_stop_says_why_keeps_all_answers_and_a_second_run_asks_the_rest(
 
 
 CLIENT = """
-import json, sys
+import json, signal, sys
 from perceptiondlm.evaluation.judges import make_judge
 from perceptiondlm.evaluation.scoring import score_captions
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 task = json.load(open(sys.argv[1]))
 options = dict(cache=task["cache"], concurrency=8, backoff=0.005, timeout=0.3, max_attempts=40)
 judge = make_judge("openai:fake", base_url=task["base_url"], **options)
