@@ -127,11 +127,11 @@ class ChatJudge(ABC):
         shared: dict[tuple[int, int], Pictures | None] = {}
         prompts = []
         for request in requests:
-            place = (id(request.image), id(request.mask))
-            if place not in shared:
-                shared[place] = self._pictures(request)
-            text = question_prompt(request.caption, request.question, with_image=shared[place] is not None)
-            prompts.append(self._prompt(request.region_id, text, shared[place]))
+            pair = (id(request.image), id(request.mask))
+            if pair not in shared:
+                shared[pair] = self._pictures(request)
+            text = question_prompt(request.caption, request.question, with_image=shared[pair] is not None)
+            prompts.append(self._prompt(request.region_id, text, shared[pair]))
         return prompts
 
     def _prompt(self, region_id: str, text: str, pictures: Pictures | None) -> Prompt:
