@@ -188,6 +188,7 @@ def load_benchmark(name_or_path: str | Path, protocol: str | None = None, revisi
 
     Raises:
         FileNotFoundError: the folder, or one of its three files, is missing.
+        OSError: the data set cannot be downloaded.
         ValueError: a region has questions but no annotation or class name, or twice the same id.
     """
     if protocol is not None and protocol not in PROTOCOLS:
@@ -195,7 +196,7 @@ def load_benchmark(name_or_path: str | Path, protocol: str | None = None, revisi
     name = str(name_or_path)
     folder = Path(name)
     if name in HUB_IDS:
-        folder = Path(snapshot_download(HUB_IDS[name], repo_type="dataset", revision=revision))
+        folder = _download(HUB_IDS[name], revision)
     elif not folder.is_dir():
         raise FileNotFoundError(f"{name!r} is neither a folder nor one of the benchmarks {tuple(HUB_IDS)}")
     annotations, class_names, questions = (read_json(_find(folder, file)) for file in FILES)
@@ -266,6 +267,18 @@ class _Crops(Mapping[str, Crop]):
 
     def __contains__(self, region_id: object) -> bool:
         return region_id in self._places
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """The folder of a data set on the Hub, downloaded where it is not there yet."""
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"the data set {repo_id} cannot be downloaded; take a local copy with --data DIR, or load_benchmark(DIR). "
+            f"The Hub says: {reason}"
+        ) from error
 
 
 def _find(folder: Path, name: str) -> Path:

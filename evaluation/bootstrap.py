@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from perceptiondlm.evaluation.scoring import RegionScore
 
 
+DRAWS_AT_ONCE = 500  # bounds memory; the draws are the same for any number
+
+
 def bootstrap_samples(
     regions: "Sequence[RegionScore]", num_samples: int = 10_000, seed: int = 0
 ) -> dict[str, np.ndarray]:
@@ -35,8 +38,10 @@ def bootstrap_samples(
         has_negative = region.negative is not None
         sums[images[region.image_id]] += (region.positive, 1, region.negative or 0.0, has_negative, region.recognized)
     shares = np.full(len(images), 1 / len(images))
-    counts = np.random.default_rng(seed).multinomial(len(images), shares, size=num_samples)  # (S, images)
-    totals = counts @ sums  # (S, 5)
+    draws = np.random.default_rng(seed)
+    sizes = [min(DRAWS_AT_ONCE, num_samples - start) for start in range(0, num_samples, DRAWS_AT_ONCE)]
+    # Counts of the images, (size, images), times their sums: (S, 5) in the end.
+    totals = np.concatenate([draws.multinomial(len(images), shares, size=size) @ sums for size in sizes])
     with np.errstate(invalid="ignore"):  # 0 / 0: no region with negative questions
         positive = 100 * totals[:, 0] / totals[:, 1]
         negative = 100 * totals[:, 2] / totals[:, 3]

@@ -15,6 +15,7 @@ REASONING = {"max_new_tokens": 256, "steps": 256, "sampler": "left_to_right"}
 DEFAULT_TOKENS = 64
 BLOCK_LENGTH = 64
 
+BLINK_CATEGORY = "blink_multi_view_reasoning"  # other tasks of such a name ask to think aloud
 SETTINGS = ("max_new_tokens", "steps", "block_length", "sampler", "threshold", "entropy_bound", "temperature", "seed")
 IGNORED = ("do_sample", "num_beams", "top_p", "top_k", "image_aspect_ratio", "until")  # `until` is applied to the text
 
@@ -57,7 +58,7 @@ BENCHMARKS = (
 
 def find_benchmark(task: str) -> GeneralBenchmark | None:
     """The benchmark that a task of lmms-eval belongs to; None for others, and for prompts that ask to think aloud."""
-    if "reasoning" in task:
+    if task.endswith("_reasoning") and task != BLINK_CATEGORY:
         return None
     return next((one for one in BENCHMARKS if task == one.task or fnmatch(task, one.pattern)), None)
 

@@ -1,9 +1,5 @@
 """What judges that are language models share: prompts, cached answers, and counts of questions and tokens."""
 
-import base64
-import hashlib
-import io
-import itertools
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -12,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
 
 from perceptiondlm.evaluation.answer_cache import Answer, AnswerCache, answer_key
+from perceptiondlm.evaluation.judge_pictures import Pictures
 from perceptiondlm.evaluation.questions import question_prompt
 from perceptiondlm.evaluation.scoring import JudgeRequest
 
@@ -37,13 +32,13 @@ class Prompt:
     Attributes:
         region_id: for messages.
         text: see `questions.question_prompt`.
-        images: none, or the region's crop and mask as data URLs of PNG files.
+        pictures: the region's crop and mask, if the judge is to see them.
         key: the answer's key in the cache.
     """
 
     region_id: str
     text: str
-    images: tuple[str, ...]
+    pictures: Pictures | None
     key: str
 
 
@@ -106,8 +101,7 @@ class ChatJudge(ABC):
 
     def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]:
         """Answers to free prompts without images, as a call gives them; messages say `names` for region ids."""
-        keys = [answer_key(settings=self.settings, text=text, images=[]) for text in texts]
-        return self._answers([Prompt(*prompt) for prompt in zip(names, texts, itertools.repeat(()), keys)])
+        return self._answers([self._prompt(name, text, None) for name, text in zip(names, texts, strict=True)])
 
     def _answers(self, prompts: Sequence[Prompt]) -> list[str]:
         missing = {prompt.key: prompt for prompt in prompts if self.cache.get(prompt.key) is None}
@@ -129,26 +123,27 @@ class ChatJudge(ABC):
         return (prompt_tokens * per_prompt + completion_tokens * per_completion) / 1_000_000
 
     def _prompts(self, requests: Sequence[JudgeRequest]) -> list[Prompt]:
-        """The requests as prompts; a region's images are encoded once."""
-        images: dict[str, tuple[tuple[str, ...], list[str]]] = {}
+        """The requests as prompts; those with the same image and mask share them."""
+        shared: dict[tuple[int, int], Pictures | None] = {}
         prompts = []
         for request in requests:
-            if request.region_id not in images:
-                images[request.region_id] = self._encoded(request)
-            urls, hashes = images[request.region_id]
-            text = question_prompt(request.caption, request.question, with_image=bool(urls))
-            key = answer_key(settings=self.settings, text=text, images=hashes)
-            prompts.append(Prompt(request.region_id, text, urls, key))
+            pair = (id(request.image), id(request.mask))
+            if pair not in shared:
+                shared[pair] = self._pictures(request)
+            text = question_prompt(request.caption, request.question, with_image=shared[pair] is not None)
+            prompts.append(self._prompt(request.region_id, text, shared[pair]))
         return prompts
 
-    def _encoded(self, request: JudgeRequest) -> tuple[tuple[str, ...], list[str]]:
-        """A request's crop and mask as data URLs, and hashes of their pixels (files vary with the encoder)."""
+    def _prompt(self, region_id: str, text: str, pictures: Pictures | None) -> Prompt:
+        key = answer_key(settings=self.settings, text=text, images=[] if pictures is None else pictures.hashes)
+        return Prompt(region_id, text, pictures, key)
+
+    def _pictures(self, request: JudgeRequest) -> Pictures | None:
         if request.image is None or request.mask is None:
-            return (), []
+            return None
         if not self.sees_image:
             raise ValueError(f"region {request.region_id!r} comes with an image, but this judge reads text alone")
-        pictures = [request.image, Image.fromarray(request.mask.astype(np.uint8) * 255)]
-        return tuple(map(_data_url, pictures)), list(map(_pixel_hash, pictures))
+        return Pictures(request.image, request.mask)
 
     def _answer(self, prompt: Prompt) -> str:
         """The cached answer, without what a reasoning model thought aloud; counts it."""
@@ -174,13 +169,3 @@ class ChatJudge(ABC):
 def without_thinking(text: str) -> str:
     """An answer without a leading ``<think> … </think>``."""
     return _THINKING.sub("", text).strip()
-
-
-def _data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)  # a tenth larger than by default, in half the time
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _pixel_hash(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()

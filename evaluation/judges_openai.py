@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: OpenAI, Azure, vLLM and others."""
 
 import email.utils
+import json
 import logging
 import os
 import random
@@ -139,14 +140,7 @@ class OpenAIJudge(ChatJudge):
         self.max_attempts = max_attempts
         self.backoff = backoff
         self._pace = _Pace(requests_per_minute)
-        self._session = requests.Session()
-        self._session.auth = self._authorize  # in place of a .netrc
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
-
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers.update(self.endpoint.headers)
-        return request
+        self._session = _session(endpoint, concurrency)
 
     def _ask(self, prompts: Sequence[Prompt]) -> None:
         stop = threading.Event()
@@ -200,9 +194,9 @@ class OpenAIJudge(ChatJudge):
         )
 
     def _send(self, prompt: Prompt) -> Answer:
-        body = {**self.settings, "messages": [{"role": "user", "content": _content(prompt)}]}
+        body = _body(self.settings, prompt)
         try:
-            reply = self._session.post(self.endpoint.url, json=body, timeout=self.timeout, allow_redirects=False)
+            reply = self._session.post(self.endpoint.url, data=body, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
             raise _TryAgain(f"{type(error).__name__}: {error}") from error
         if reply.status_code != 200:
@@ -271,18 +265,25 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _content(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """The message: text alone, or image, mask and text."""
-    if not prompt.images:
-        return prompt.text
-    image, mask = prompt.images
-    return [
-        {"type": "text", "text": "The image around the object:"},
-        {"type": "image_url", "image_url": {"url": image}},
-        {"type": "text", "text": "The object's mask, white on black:"},
-        {"type": "image_url", "image_url": {"url": mask}},
-        {"type": "text", "text": prompt.text},
-    ]
+def _session(endpoint: Endpoint, concurrency: int) -> requests.Session:
+    """Connections to an endpoint; proxies and certificates are looked up in the environment once, no .netrc is read."""
+    session = requests.Session()
+    for name, value in session.merge_environment_settings(endpoint.url, {}, None, None, None).items():
+        setattr(session, name, value)
+    session.trust_env = False
+    session.headers.update({"Content-Type": "application/json", **endpoint.headers})
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
+    return session
+
+
+def _body(settings: Mapping[str, Any], prompt: Prompt) -> bytes:
+    """The request as JSON: text alone, or image, mask and text. Pictures, most of it, come as JSON, made once."""
+    pieces = [json.dumps(prompt.text).encode("ascii")]
+    if prompt.pictures is not None:
+        pieces = [b"[", prompt.pictures.message_parts(), b', {"type": "text", "text": ', *pieces, b"}]"]
+    head = json.dumps(settings)[:-1].encode("ascii")
+    return b"".join((head, b', "messages": [{"role": "user", "content": ', *pieces, b"}]}"))
 
 
 def _read_answer(reply: requests.Response) -> Answer:

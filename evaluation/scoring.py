@@ -356,9 +356,9 @@ def _judged(
     with tqdm(total=len(pending), desc="judging", unit="question", disable=not progress) as bar:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
-            requests = _requests(batch, plan, captions, crops)
-            for request, answer in zip(requests, _ask(judge, requests), strict=True):
-                answers[request.region_id].append(answer)
+            given = _ask(judge, _requests(batch, plan, captions, crops))
+            for (region_id, _), answer in zip(batch, given, strict=True):
+                answers[region_id].append(answer)
             bar.update(len(batch))
     return answers
 

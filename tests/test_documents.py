@@ -45,6 +45,22 @@ def test_speed_table_is_the_committed_measurement(document):
             assert float(cell) == pytest.approx(seconds[system, regions], rel=0.006), (name, regions)
 
 
+def test_judging_times_are_the_slowest_of_the_committed_rounds():
+    result = json.loads((RESULTS / "judging_cpu.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    stated = re.search(r"([\d,]+) questions \((\d+) regions\) .* (\S+) s as text and (\S+) s with image and mask", text)
+    assert stated
+    assert {row["requests"] for row in result["rows"]} == {int(stated[1].replace(",", ""))}
+    assert (result["regions"], result["latency"], result["concurrency"]) == (int(stated[2]), 0.05, 32)
+    for sees, seconds in (("text", stated[3]), ("image and mask", stated[4])):
+        slowest = max(row["seconds"] for row in result["rows"] if row["judge_sees"] == sees)
+        assert float(seconds) == pytest.approx(slowest, abs=0.051)
+    (megabytes,) = re.findall(r"memory grows by (\d+) MB at most", text)
+    assert float(megabytes) == pytest.approx(
+        max(row["peak_memory_growth_bytes"] for row in result["rows"]) / 1e6, abs=1
+    )
+
+
 def test_links_between_documents_lead_somewhere():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text()):

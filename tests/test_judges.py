@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 from conftest import randomize
-from judge_server import JudgeServer, right_answer
+from judge_server import JudgeServer
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from perceptiondlm.evaluation.answer_cache import AnswerCache
+from perceptiondlm.evaluation.fake_judge import fake_answer
 from perceptiondlm.evaluation.judges import JudgeError, ReplayJudge, judge_report, make_judge
 from perceptiondlm.evaluation.questions import question_prompt, recognition_question
 from perceptiondlm.evaluation.scoring import JudgeRequest, score_captions
@@ -53,7 +54,7 @@ def _no_keys(monkeypatch):
 @pytest.fixture(scope="module")
 def clean_score():
     return score_captions(
-        CAPTIONS, QUESTIONS, CLASS_NAMES, lambda requests: [right_answer(_prompt(request)) for request in requests]
+        CAPTIONS, QUESTIONS, CLASS_NAMES, lambda requests: [fake_answer(_prompt(request)) for request in requests]
     )
 
 
@@ -122,9 +123,10 @@ def test_a_stop_says_why_keeps_all_answers_and_a_second_run_asks_the_rest(
 
 
 CLIENT = """
-import json, sys
+import json, signal, sys
 from perceptiondlm.evaluation.judges import make_judge
 from perceptiondlm.evaluation.scoring import score_captions
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 task = json.load(open(sys.argv[1]))
 options = dict(cache=task["cache"], concurrency=8, backoff=0.005, timeout=0.3, max_attempts=40)
 judge = make_judge("openai:fake", base_url=task["base_url"], **options)
@@ -257,6 +259,16 @@ def test_azure(tmp_path, monkeypatch):
         make_judge("azure:judge-1", cache=tmp_path / "answers.jsonl", api_version="2025-01-01")([_request()])
     assert server.bodies[0]["path"] == "/openai/deployments/judge-1/chat/completions?api-version=2025-01-01"
     assert server.headers[0]["api-key"] == "secret"
+    assert "Authorization" not in server.headers[0]
+
+
+def test_proxies_of_the_environment_are_used_and_a_netrc_is_not(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine judge.invalid login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with JudgeServer() as server:
+        monkeypatch.setenv("http_proxy", server.base_url.removesuffix("/v1"))
+        make_judge("openai:fake", base_url="http://judge.invalid/v1", cache=tmp_path / "answers.jsonl")([_request()])
+    assert server.bodies[0]["path"] == "http://judge.invalid/v1/chat/completions"
     assert "Authorization" not in server.headers[0]
 
 

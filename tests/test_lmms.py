@@ -144,7 +144,8 @@ def test_settings_of_other_tasks_and_overrides():
     assert settings("own", {"max_new_tokens": 100}, {"steps": 32})["steps"] == 32
     assert settings("chartqa", {"max_new_tokens": 16}, {}) == {"max_new_tokens": 128, "steps": 128}
     assert settings("chartqa", {}, {"steps": 64}) == {"max_new_tokens": 128, "steps": 64}
-    assert settings("blink_counting", {}, {})["max_new_tokens"] == 2
+    for category in ("blink_counting", "blink_multi_view_reasoning"):
+        assert settings(category, {}, {})["max_new_tokens"] == 2
     assert settings("mathverse_testmini_vision_only", {}, {})["sampler"] == "left_to_right"
     for other in ("mmmu_pro_standard", "chartqapro", "ai2d_reasoning"):
         assert settings(other, {}, {})["max_new_tokens"] == 64
