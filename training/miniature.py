@@ -53,11 +53,11 @@ class Stage:
 READING = (
     "train={parts: [language_model], reset: [projector, language_model]}",
     "trainer.per_device_train_batch_size=16",
-    "trainer.learning_rate=1.2e-3",
+    "trainer.learning_rate=8e-4",
 )
 TUNED = "train={parts: [projector, language_model]}"
 STAGES = {
-    "language_model": Stage("miniature_base", None, 2000, KINDS, pictures=False, overrides=READING),
+    "language_model": Stage("miniature_base", None, 1500, KINDS, pictures=False, overrides=READING),
     "stage1_alignment": Stage("miniature_base", "language_model", 400, ("name", "detail")),
     "stage2_midtraining": Stage(
         "miniature_base",
