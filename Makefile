@@ -1,7 +1,7 @@
 # make demo      caption the regions of a sample image with the embedded model
 # make test      the whole test suite
 # make lint      formatting, lint and types
-# make miniature train the paper's five stages in miniature and score each, about 26 minutes on two cores
+# make miniature train the paper's five stages in miniature and score each, under 30 minutes on two cores
 # make default   train the embedded model again and put it into the repository root
 VENV ?= .venv
 PYTHON ?= python3

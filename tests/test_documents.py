@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from perceptiondlm.training.miniature import table
+
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
@@ -59,6 +61,13 @@ def test_judging_times_are_the_slowest_of_the_committed_rounds():
     assert float(megabytes) == pytest.approx(
         max(row["peak_memory_growth_bytes"] for row in result["rows"]) / 1e6, abs=1
     )
+
+
+def test_miniature_tables_are_the_committed_run():
+    result = json.loads((RESULTS / "miniature.json").read_text())
+    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
+    for row in table(result["stages"]).splitlines():
+        assert not row or row in lines
 
 
 def test_links_between_documents_lead_somewhere():
