@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,7 +88,7 @@ def write_set(path: Path, seed: int, rows: int, kinds: Collection[str] = KINDS, 
         question, answer = object_turns(item)[order[number % len(order)]]
         shown = "<image>" if pictures else in_words(item, random.Random(f"words/{seed}/{number}"))
         turns = [{"from": "human", "value": f"{shown}\n{question}"}, {"from": "gpt", "value": answer}]
-        record = {"id": f"{seed}-{number}", "conversations": json.dumps(turns)}
+        record: dict[str, Any] = {"id": f"{seed}-{number}", "conversations": json.dumps(turns)}
         if pictures:
             stream = BytesIO()
             cut(scene, item).save(stream, "PNG")
