@@ -237,6 +237,17 @@ def test_two_processes_with_two_passes_are_one_process_with_four(tmp_path):
     assert counts[0] == pytest.approx(counts[1], abs=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes find GPUs")
+def test_processes_that_would_not_hear_of_each_other_are_refused(tmp_path):
+    finished = launch(
+        "--config_file", "training/accelerate/two_cpu_processes.yaml", "training/train.py",
+        str(write_miniature(tmp_path)), "trainer.use_cpu=false",
+    )  # fmt: skip
+    assert finished.returncode != 0
+    assert "set trainer.use_cpu=true trainer.ddp_backend=gloo" in finished.stderr
+    assert not (tmp_path / "final").exists()
+
+
 # --- failures -------------------------------------------------------------------------------------------------------
 
 

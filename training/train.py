@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.training_args import ParallelMode
 
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.scripts.json_files import write_json
@@ -61,6 +62,11 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
+    if arguments.world_size > 1 and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            f"{arguments.world_size} processes found no GPU and would train one by one, unaware of each other: "
+            "on CPUs, set trainer.use_cpu=true trainer.ddp_backend=gloo"
+        )
     if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
         samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
         arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
