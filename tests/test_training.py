@@ -238,10 +238,11 @@ def test_two_processes_with_two_passes_are_one_process_with_four(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes find GPUs")
-def test_processes_that_would_not_hear_of_each_other_are_refused(tmp_path):
+@pytest.mark.parametrize("setting", ["trainer.ddp_backend=gloo", "trainer.ddp_backend=null"])
+def test_processes_that_would_not_hear_of_each_other_are_refused(tmp_path, setting):
     finished = launch(
         "--config_file", "training/accelerate/two_cpu_processes.yaml", "training/train.py",
-        str(write_miniature(tmp_path)), "trainer.use_cpu=false",
+        str(write_miniature(tmp_path)), "trainer.use_cpu=false", setting,
     )  # fmt: skip
     assert finished.returncode != 0
     assert "set trainer.use_cpu=true trainer.ddp_backend=gloo" in finished.stderr

@@ -48,11 +48,12 @@ UNSUPPORTED = {
 def trainer_arguments(run: RunConfig) -> TrainingArguments:
     """The HF Trainer's arguments, with as many passes per step as `batch_size` needs on this many processes."""
     settings = {**TRAINER_DEFAULTS, **run.trainer}
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     for name, reason in UNSUPPORTED.items():
         if settings.get(name):
             raise ValueError(f"trainer.{name} {reason}")
     if run.batch_size is not None:
-        share = settings.get("per_device_train_batch_size", 8) * int(os.environ.get("WORLD_SIZE", "1"))
+        share = settings.get("per_device_train_batch_size", 8) * launched
         if run.batch_size % share:
             raise ValueError(
                 f"batch_size {run.batch_size} is no multiple of the {share} samples that all processes take in a pass: "
@@ -62,9 +63,9 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
-    if arguments.world_size > 1 and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+    if launched > 1 and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError(
-            f"{arguments.world_size} processes found no GPU and would train one by one, unaware of each other: "
+            f"{launched} processes found no GPU and would train one by one, unaware of each other: "
             "on CPUs, set trainer.use_cpu=true trainer.ddp_backend=gloo"
         )
     if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
