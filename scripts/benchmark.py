@@ -19,7 +19,7 @@ from perceptiondlm.evaluation.efficiency_plots import plot_groups, plot_regions
 from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.measuring import bandwidth, peak_flops, timed
 from perceptiondlm.scripts.json_files import write_json
-from perceptiondlm.scripts.loading import REPOSITORY, torch_dtype
+from perceptiondlm.scripts.loading import REPOSITORY, torch_device, torch_dtype
 
 
 GROUPED = ("full", "cached", "fast")  # systems that may take the regions of an image in groups
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, print, write."""
     _check(options)
-    device = torch.device(options.device)
+    device = torch_device(options.device)
     name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     dtype = torch_dtype(name)
     model = build_model(options.shape, str(REPOSITORY), device, dtype)

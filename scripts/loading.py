@@ -49,7 +49,8 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")
     dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"trust_remote_code": True, "device": options.device, "dtype": dtype}
+    device = None if options.device is None else torch_device(options.device)
+    kwargs: dict[str, Any] = {"trust_remote_code": True, "device": device, "dtype": dtype}
     if options.quantize:
         kwargs["model_kwargs"] = {"quantization_config": quantization(options.quantize)}
     return pipeline("region-captioning", model=model, **kwargs)
@@ -70,3 +71,13 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype must be a torch dtype such as float32 or bfloat16, got {name!r}")
     return dtype
+
+
+def torch_device(name: str) -> torch.device:
+    """A device of this machine by its name."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a torch that was built without it
+        raise ValueError(
+            f"--device must be one of this machine such as cpu or cuda:0, got {name!r}: {error}"
+        ) from error

@@ -140,6 +140,7 @@ def test_command_reports_every_system(tiny_shape, tmp_path, capsys):
         (["--plot-groups", "x.png"], "--plot-groups shows --at-a-time"),
         (["--tokens", "1"], "at least 2"),
         (["--dtype", "float33"], "--dtype"),
+        (["--device", "abacus"], "--device"),
     ],
 )
 def test_wrong_benchmark_arguments_are_refused(arguments, message, tmp_path, capsys):

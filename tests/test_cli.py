@@ -87,6 +87,7 @@ def test_several_images_go_to_a_folder_and_an_interrupted_jsonl_continues(tmp_pa
         (["caption", SCENE, "--masks", MASKS, "--sampler", "best"], "sampler"),
         (["caption", SCENE, "--masks", MASKS, "--model", "examples"], "config.json"),
         (["caption", SCENE, "--masks", MASKS, "--dtype", "float99"], "float99"),
+        (["caption", SCENE, "--masks", MASKS, "--device", "abacus"], "abacus"),
         (["evaluate", "--images", "0"], "num_images"),
     ],
 )
