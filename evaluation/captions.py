@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perceptiondlm.scripts.json_files import write_json
+from perceptiondlm.scripts.json_files import read_json, write_json
 
 
 MAX_NAMED = 300  # keys listed in one message
@@ -186,7 +186,7 @@ class CaptionLog:
         if not path.exists():
             write_json(path, given)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = [key for key in {**before, **given} if before.get(key) != given.get(key)]
         if changed:
             differences = ", ".join(f"{key} was {before.get(key)!r}, is {given.get(key)!r}" for key in changed)

@@ -1,6 +1,5 @@
 """Share of questions about drawn pictures, of whole scenes or single objects, that a model answers exactly."""
 
-import random
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +38,7 @@ def object_pictures(seed: int, count: int) -> Iterable[tuple[Image.Image, Turns]
 def objects_in_words(seed: int, count: int) -> Iterable[tuple[None, Turns]]:
     """The same questions with words in place of the pictures."""
     for number, (_, item) in enumerate(drawn_objects(seed, count)):
-        shown = in_words(item, random.Random(f"words/{seed}/{number}"))
+        shown = in_words(item, seed, number)
         yield None, [(kind, f"{shown}\n{q}", a) for kind, (q, a) in object_turns(item).items()]
 
 

@@ -20,7 +20,7 @@ from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.evaluation.measuring import timed
 from perceptiondlm.evaluation.scenes import scenes_report
 from perceptiondlm.scripts.json_files import write_json
-from perceptiondlm.scripts.loading import QUANTIZATIONS, quantization, torch_dtype
+from perceptiondlm.scripts.loading import QUANTIZATIONS, quantization, torch_device, torch_dtype
 from perceptiondlm.training.scenes import Scene, draw_scene
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = torch_device(options.device)
     rows = compare(options.model, options.formats, options.seed, options.images, device)
     result = {"seed": options.seed, "num_images": options.images, "rows": rows, "environment": environment(device)}
     write_json(options.json, result)

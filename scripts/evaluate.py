@@ -81,9 +81,7 @@ def run(options: argparse.Namespace) -> None:
         run_scenes(options)
         return
     spec = options.judge or ("rules" if options.dataset == "scenes" else None)
-    judge = (
-        None if spec is None else load_judge(options, spec)
-    )  # first, so that a wrong name or a missing key costs nothing
+    judge = None if spec is None else load_judge(options, spec)  # first: a wrong name or a missing key costs nothing
     state = process_state()
     out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).resolve().name
     benchmark = open_benchmark(options, out, state)

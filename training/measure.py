@@ -24,6 +24,7 @@ from perceptiondlm.evaluation.environment import environment
 from perceptiondlm.layout_perceptiondlm import AnswerLayout, Prompt
 from perceptiondlm.modeling_perceptiondlm import BidirectionalLlamaModel
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.training.collator import AnswerCollator
 from perceptiondlm.training.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.mixture import MixtureDataset, build_mixture
@@ -119,10 +120,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where the report goes; printed in any case")
     options = parser.parse_args()
-    text = json.dumps(measure(options.model, options.scenes, options.batch_size, options.repeats), indent=1)
-    print(text)
+    report = measure(options.model, options.scenes, options.batch_size, options.repeats)
+    print(json.dumps(report, indent=1))
     if options.json:
-        options.json.write_text(text + "\n")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python -m perceptiondlm.training.miniature            # or `make miniature`: under 30 minutes on two cores
 
-The embedded model lends its vision tower and its language model. The latter first learns to answer questions about
-objects from text alone, so that it stands where LLaDA stands at full size: it knows the words, but no picture. Every
-checkpoint is scored on a world it never saw: base models by the share of questions about objects that they answer
-exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages shows what these bought.
-Stages that are finished are not run again; an interrupted one continues.
+The embedded model lends its vision tower. A language model of its shape starts from nothing and first learns to answer
+questions about objects from text alone, so that it stands where LLaDA stands at full size: it knows the words, but no
+picture. Every checkpoint is scored on a world it never saw: base models by the share of questions about objects that
+they answer exactly, region models by the protocol of ParaDLC-Bench. A region stage without the base stages shows what
+these bought. Stages that are finished are not run again; an interrupted one continues.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Stage:
 
     Args:
         config: its file.
-        after: the stage it starts from; None: the model that lends its parts.
+        after: the stage it starts from; None: the model that lends its vision tower.
         steps: optimizer steps.
         kinds: of questions about objects that it trains on, see `object_sets`; none: the file's own data.
         pictures: whether pictures show the objects, or words tell of them.
@@ -87,7 +87,7 @@ class Miniature:
 
     Args:
         folder: of all stages.
-        start: the model that lends vision tower and language model.
+        start: the model that lends its vision tower, and its shape to the rest.
         share: of every stage's steps that are run, to try things.
         images: held-out scenes to score on.
     """
@@ -194,7 +194,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniature"), help="where all stages go")
-    parser.add_argument("--start", default=".", help="model that lends vision tower and language model")
+    parser.add_argument("--start", default=".", help="model that lends its vision tower")
     parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps, to try things")
     parser.add_argument("--images", type=int, default=40, help="held-out scenes to score on")
     parser.add_argument("--json", type=Path, help="write the scores here")

@@ -28,8 +28,11 @@ def phrases(item: SceneObject) -> list[str]:
     return [f"{item.pattern} {item.color} {item.category}", *(f"{p.color} {p.name}" for p in item.visible_parts)]
 
 
-def in_words(item: SceneObject, dice: random.Random) -> str:
-    """The same in words and in no order, some of it said twice: "blue wings, dotted red bird, blue wings"."""
+def in_words(item: SceneObject, seed: int, number: int) -> str:
+    """What a picture of object `number` of world `seed` shows, in no order, some of it said twice:
+    "blue wings, dotted red bird, blue wings".
+    """
+    dice = random.Random(f"words/{seed}/{number}")
     said = [phrase for phrase in phrases(item) for _ in range(dice.randint(1, 2))]
     dice.shuffle(said)
     return ", ".join(said)
@@ -86,7 +89,7 @@ def write_set(path: Path, seed: int, rows: int, kinds: Collection[str] = KINDS, 
     records = []
     for number, (scene, item) in enumerate(drawn_objects(seed, rows)):
         question, answer = object_turns(item)[order[number % len(order)]]
-        shown = "<image>" if pictures else in_words(item, random.Random(f"words/{seed}/{number}"))
+        shown = "<image>" if pictures else in_words(item, seed, number)
         turns = [{"from": "human", "value": f"{shown}\n{question}"}, {"from": "gpt", "value": answer}]
         record: dict[str, Any] = {"id": f"{seed}-{number}", "conversations": json.dumps(turns)}
         if pictures:

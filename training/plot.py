@@ -4,7 +4,6 @@ python -m perceptiondlm.training.plot training_log.json training_curve.png
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from perceptiondlm.scripts.json_files import read_json
 
 
 SCORES = {
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="training_log.json of a run")
     parser.add_argument("picture", type=Path, help="PNG to write")
     options = parser.parse_args()
-    plot_log(json.loads(options.log.read_text())["log"], options.picture)
+    plot_log(read_json(options.log)["log"], options.picture)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.training import scene_objects
 from perceptiondlm.training.scene_objects import (
     CATEGORIES,
@@ -557,7 +558,7 @@ def write_scenes(seed: int, num_images: int, folder: Path) -> None:
         questions.update(scene_questions(scene))
         class_names.update(scene_class_names(scene))
     for name, content in (("annotations", annotations), ("qa", questions), ("class_names", class_names)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / f"{name}.json", content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
