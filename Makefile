@@ -27,15 +27,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/perceptiondlm
 	cd build/types && MYPYPATH=. "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml \
-		-p perceptiondlm.training -p perceptiondlm.evaluation -p perceptiondlm.scripts \
+		-p perceptiondlm.common -p perceptiondlm.drawn -p perceptiondlm.evaluation -p perceptiondlm.checkpoints \
+		-p perceptiondlm.training -p perceptiondlm.studies -p perceptiondlm.scripts \
 		-m perceptiondlm.modeling_perceptiondlm -m perceptiondlm.processing_perceptiondlm \
 		-m perceptiondlm.pipeline_perceptiondlm
 
 miniature: $(INSTALLED)
-	$(BIN)/python -m perceptiondlm.training.miniature --json outputs/miniature/miniature.json
+	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json
 
 default: $(INSTALLED)
 	$(BIN)/accelerate launch training/train.py training/configs/scenes.yaml export_dir=.
+	mv training_log.json training_curve.png docs/
 
 clean:
 	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache

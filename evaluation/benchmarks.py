@@ -22,9 +22,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from perceptiondlm.common.json_files import read_json
 from perceptiondlm.evaluation.questions import PROTOCOLS, Question
 from perceptiondlm.evaluation.scoring import BenchmarkScore, Crop, Judge, score_captions
-from perceptiondlm.scripts.json_files import read_json
 
 
 HUB_IDS = {"paradlc": "MSALab/ParaDLC-Bench", "dlc": "nvidia/DLC-Bench"}

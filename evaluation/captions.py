@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perceptiondlm.scripts.json_files import read_json, write_json
+from perceptiondlm.common.json_files import read_json, write_json
 
 
 MAX_NAMED = 300  # keys listed in one message

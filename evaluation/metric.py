@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from perceptiondlm.evaluation.judges import judge_report, make_judge
+from perceptiondlm.evaluation.judges.registry import judge_report, make_judge
 from perceptiondlm.evaluation.questions import question_problem
 from perceptiondlm.evaluation.scoring import Crop, Judge, image_of, score_captions
 
@@ -25,7 +25,7 @@ Args:
     judge: a callable (see `perceptiondlm.evaluation.scoring.Judge`), or a name such as "rules", "openai:MODEL",
         "transformers:PATH" or "replay:FILE".
     crops: image crop and mask per region id, for a judge that looks; `Benchmark.crops()` gives them.
-    judge_options: options of a judge given by name, see `perceptiondlm.evaluation.judges.make_judge`.
+    judge_options: options of a judge given by name, see `perceptiondlm.evaluation.judges.registry.make_judge`.
 
 Returns:
     "pos", "neg", "avg", "recognition" in percent, "intervals" (95 % bootstrap intervals over images of these four),

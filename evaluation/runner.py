@@ -17,9 +17,9 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from perceptiondlm.common.measuring import synchronize
 from perceptiondlm.evaluation.benchmarks import Benchmark
 from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog
-from perceptiondlm.evaluation.measuring import synchronize
 
 
 WAIT = timedelta(days=2)  # for the slowest process; the default is minutes

@@ -1,7 +1,7 @@
 """`perceptiondlm benchmark`: time ways of captioning N regions, side by side in one process.
 
 Systems take turns in every round, after a warm-up; the figures are medians over the rounds. What the systems are:
-evaluation/efficiency.py. Weights are random unless the shape is `embedded`.
+studies/efficiency.py. Weights are random unless the shape is `embedded`.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from perceptiondlm.evaluation.efficiency import GRID, SHAPES, SYSTEMS, Study, build_model, make_inputs
-from perceptiondlm.evaluation.efficiency_plots import plot_groups, plot_regions
-from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.evaluation.measuring import bandwidth, peak_flops, timed
-from perceptiondlm.scripts.json_files import write_json
-from perceptiondlm.scripts.loading import REPOSITORY, torch_device, torch_dtype
+from perceptiondlm.common.environment import environment
+from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import REPOSITORY, torch_device, torch_dtype
+from perceptiondlm.common.measuring import bandwidth, peak_flops, timed
+from perceptiondlm.studies.efficiency import GRID, SHAPES, SYSTEMS, Study, build_model, make_inputs
+from perceptiondlm.studies.efficiency_plots import plot_groups, plot_regions
 
 
 GROUPED = ("full", "cached", "fast")  # systems that may take the regions of an image in groups

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.json_files import read_json, write_json
+from perceptiondlm.common.loading import add_model_arguments, generate_settings, load_pipeline
 from perceptiondlm.regions_perceptiondlm import load_image, region_masks
-from perceptiondlm.scripts.annotate import annotate
-from perceptiondlm.scripts.json_files import read_json, write_json
-from perceptiondlm.scripts.loading import add_model_arguments, generate_settings, load_pipeline
 
 
 MASK_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")

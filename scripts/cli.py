@@ -1,33 +1,38 @@
-"""The `perceptiondlm` command."""
+"""The `perceptiondlm` command. A subcommand's module is imported when it is asked for: help comes at once."""
 
 import argparse
 import sys
-from types import ModuleType
+from importlib import import_module
 
-from perceptiondlm.evaluation.judges_chat import JudgeError
-from perceptiondlm.scripts import benchmark, caption, compare, convert, evaluate, judge_answers, plan
+from perceptiondlm.evaluation.judges.errors import JudgeError
 
 
-COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "caption": (caption, "caption regions of images"),
-    "convert": (convert, "convert published checkpoints, and back"),
-    "evaluate": (evaluate, "score a model, or captions from elsewhere, on a benchmark"),
-    "compare": (compare, "results of several systems or judges side by side"),
-    "judge-answers": (judge_answers, "judge short answers strictly, from sample logs of lmms-eval"),
-    "plan": (plan, "estimate memory, steps and days of a training run"),
-    "benchmark": (benchmark, "time ways of captioning N regions, side by side"),
+# Name: module in this folder, summary.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "caption": ("caption", "caption regions of images"),
+    "convert": ("convert", "convert published checkpoints, and back"),
+    "evaluate": ("evaluate", "score a model, or captions from elsewhere, on a benchmark"),
+    "compare": ("compare", "results of several systems or judges side by side"),
+    "judge-answers": ("judge_answers", "judge short answers strictly, from sample logs of lmms-eval"),
+    "plan": ("plan", "estimate memory, steps and days of a training run"),
+    "benchmark": ("benchmark", "time ways of captioning N regions, side by side"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; wrong input ends with one line on stderr and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="perceptiondlm", description="Caption every region of an image at once.")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, (module, summary) in COMMANDS.items():
-        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if arguments[:1] == [name]:
+            module = import_module(f"perceptiondlm.scripts.{module_name}")
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
     options = parser.parse_args(arguments)
     try:
-        COMMANDS[options.command][0].run(options)
+        module.run(options)
     except (ValueError, TypeError, OSError, JudgeError) as error:
         print(f"perceptiondlm {options.command}: {error}", file=sys.stderr)
         return 2

@@ -6,9 +6,9 @@ The first is what the others are compared to. Results of one system by several j
 import argparse
 from pathlib import Path
 
-from perceptiondlm.evaluation.compare import compare, comparison_markdown
-from perceptiondlm.evaluation.run_results import read_results
-from perceptiondlm.scripts.json_files import write_json
+from perceptiondlm.common.json_files import write_json
+from perceptiondlm.evaluation.reports.compare import compare, comparison_markdown
+from perceptiondlm.evaluation.reports.results import read_results
 
 
 PAPER_TABLES = (2, 5, 6, 7, 9, 10, 11, 12)  # those with the columns Pos, Neg and Avg

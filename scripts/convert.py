@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from perceptiondlm.checkpoints.convert import Options, Report, convert
+from perceptiondlm.checkpoints.files import DTYPES
 from perceptiondlm.configuration_perceptiondlm import ATTENTION_LAYOUTS
-from perceptiondlm.scripts.conversion.convert import Options, Report, convert
-from perceptiondlm.scripts.conversion.files import DTYPES
 
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -79,4 +79,5 @@ def print_report(report: Report) -> None:
         print(f"  dropped {len(names)} ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
     if report.fresh:
         print(f"  initialised anew: {', '.join(report.fresh)}")
-    print(f"  {report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB", file=sys.stdout)
+    memory = report.peak_memory_bytes
+    print(f"  {report.seconds:.1f} s" + (f", peak memory {memory / 1e9:.2f} GB" if memory else ""), file=sys.stdout)

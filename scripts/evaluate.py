@@ -11,6 +11,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from perceptiondlm.common.environment import environment
+from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.drawn.scenes import write_scenes
 from perceptiondlm.evaluation.benchmarks import HUB_IDS, Benchmark, load_benchmark
 from perceptiondlm.evaluation.captions import (
     CaptionedImage,
@@ -19,10 +23,10 @@ from perceptiondlm.evaluation.captions import (
     read_captions,
     write_captions,
 )
-from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.evaluation.judges import judge_report
-from perceptiondlm.evaluation.report import write_html, write_markdown
-from perceptiondlm.evaluation.run_results import Results, beside_table_2
+from perceptiondlm.evaluation.drawn_scenes import evaluate_scenes
+from perceptiondlm.evaluation.judges.registry import judge_report
+from perceptiondlm.evaluation.reports.report import write_html, write_markdown
+from perceptiondlm.evaluation.reports.results import Results, beside_table_2
 from perceptiondlm.evaluation.runner import (
     all_captions,
     caption_benchmark,
@@ -31,11 +35,7 @@ from perceptiondlm.evaluation.runner import (
     require_pictures,
     speed,
 )
-from perceptiondlm.evaluation.scenes import evaluate_scenes
-from perceptiondlm.scripts.json_files import write_json
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
-from perceptiondlm.scripts.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
-from perceptiondlm.training.scenes import write_scenes
 
 
 JUDGES = "rules (drawn scenes), openai:MODEL, azure:DEPLOYMENT, transformers:PATH or replay:FILE"

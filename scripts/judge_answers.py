@@ -6,17 +6,17 @@ As the paper does for ChartQA, DocVQA and InfoVQA, with Qwen3-8B.
 import argparse
 from pathlib import Path
 
-from perceptiondlm.evaluation.general_benchmarks import find_benchmark
-from perceptiondlm.evaluation.judges import judge_report
-from perceptiondlm.evaluation.paper_tables import cell_text, markdown_table, paper_table
-from perceptiondlm.evaluation.strict_answers import (
+from perceptiondlm.common.json_files import write_json
+from perceptiondlm.evaluation.general.strict_answers import (
     TextJudge,
     judge_answers,
     read_samples,
     strict_report,
     task_of_log,
 )
-from perceptiondlm.scripts.json_files import write_json
+from perceptiondlm.evaluation.general.tasks import find_benchmark
+from perceptiondlm.evaluation.judges.registry import judge_report
+from perceptiondlm.evaluation.reports.paper_tables import cell_text, markdown_table, paper_table
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from perceptiondlm.evaluation.judges import make_judge
+from perceptiondlm.evaluation.judges.registry import make_judge
 from perceptiondlm.evaluation.scoring import Judge
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from perceptiondlm.scripts.json_files import write_json
+from perceptiondlm.common.json_files import write_json
 from perceptiondlm.training.config import load_run_config
 from perceptiondlm.training.planner import PAPER_TFLOPS, SHARDINGS, Machine, make_plan, plan_json, show_plan
 

@@ -6,11 +6,11 @@ Everything is random but seeded, in fp32 and in eval mode, so results can be com
 import pytest
 import torch
 
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts
+from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.training.scenes import draw_scene
 from perceptiondlm.training.start import build_config
-from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts
 
 
 TINY_VISION = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from perceptiondlm.training.miniature import table
+from perceptiondlm.studies.miniature import table
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "evaluation" / "results"
+RESULTS = ROOT / "studies" / "results"
 SYSTEMS = {
     "as released": "full",
     "cached prefix, 32 passes": "cached",

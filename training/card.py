@@ -1,4 +1,4 @@
-"""The model card of a finished checkpoint: what it is, how it loads, how it was trained and how it scored."""
+"""What a finished run leaves to read: its model card, and the curve of its losses and scores."""
 
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ model = AutoModel.from_pretrained("{title}", trust_remote_code=True)
 
 `summary.json` and `training_log.json` beside this file hold all numbers and the whole configuration.
 """
+
+# Scores that a curve shows, and what it calls them.
+SCORES = {
+    "scenes_average": "Avg",
+    "scenes_recognition": "recognition",
+    "scenes_exact": "captions exactly right",
+    "conversations_exact": "answers exactly right",
+    "held_out_loss": "held-out loss",
+}
 
 
 def write_card(run: RunConfig, summary: dict[str, Any], regions: bool) -> None:
@@ -82,3 +91,28 @@ def training_rows(run: RunConfig, summary: dict[str, Any]) -> list[tuple[str, An
 def table(rows) -> str:
     """Rows of two columns in Markdown."""
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def plot_log(log: list[dict], path: str | Path) -> None:
+    """Write a PNG of the Trainer's log history: loss on the left, scores in percent (or held-out loss) on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*zip(*loss, strict=True), color="tab:blue")
+    left.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="training loss")
+    for key, name in SCORES.items():
+        if points := [(row["step"], row[key]) for row in log if key in row]:
+            right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+    right.set(xlabel="optimizer step", title="held-out samples")
+    if right.lines:
+        right.legend()
+    if not any("held_out_loss" in row for row in log):
+        right.set(ylabel="%", ylim=(min(0, right.get_ylim()[0]), 101))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

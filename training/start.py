@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from perceptiondlm.checkpoints.convert import local_folder
+from perceptiondlm.checkpoints.folder import prepare_config
+from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, special_token_ids
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.scripts.conversion.convert import local_folder
-from perceptiondlm.scripts.conversion.recipes import Recipe, detect, region_recipe
-from perceptiondlm.training.checkpoint import prepare_config
 from perceptiondlm.training.config import PARTS, RunConfig
-from perceptiondlm.training.tokenizer import build_tokenizer, scene_texts, special_token_ids
 
 
 # What a processor keeps when its base model becomes a region model.

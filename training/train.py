@@ -18,18 +18,17 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from perceptiondlm.evaluation.environment import environment
-from perceptiondlm.scripts.json_files import write_json
-from perceptiondlm.training.card import write_card
-from perceptiondlm.training.checkpoint import export, newest_checkpoint, register_auto_classes
-from perceptiondlm.training.collator import AnswerCollator
+from perceptiondlm.checkpoints.folder import export, newest_checkpoint, register_auto_classes
+from perceptiondlm.common.environment import environment
+from perceptiondlm.common.json_files import write_json
+from perceptiondlm.training.card import plot_log, write_card
 from perceptiondlm.training.config import RunConfig, load_run_config
-from perceptiondlm.training.evaluation import HeldOutEvaluation
-from perceptiondlm.training.mixture import build_dataset
+from perceptiondlm.training.data.batches import padding_report
+from perceptiondlm.training.data.collator import AnswerCollator
+from perceptiondlm.training.data.mixture import build_dataset
+from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.planner import Machine, make_plan, show_plan
-from perceptiondlm.training.plot import plot_log
-from perceptiondlm.training.sampling import padding_report
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
 

@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from perceptiondlm.training.checkpoint import require_space
+from perceptiondlm.checkpoints.folder import require_space
 from perceptiondlm.training.config import RunConfig
+from perceptiondlm.training.data.batches import POOL, LengthGroupedBatches
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
 from perceptiondlm.training.modules import parameter_groups
-from perceptiondlm.training.sampling import POOL, LengthGroupedBatches
 
 
 class PerceptionDLMTrainer(Trainer):

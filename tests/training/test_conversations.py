@@ -1,0 +1,340 @@
+"""Conversation sets: every published shape of a row, answers found by the template, limits, bad rows, streams."""
+
+import json
+import re
+from collections import Counter
+from io import BytesIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from perceptiondlm.checkpoints.layouts import BASE_CHAT_TEMPLATE, LLADA_CHAT_TEMPLATE
+from perceptiondlm.processing_perceptiondlm import CHAT_TEMPLATE
+from perceptiondlm.training.data.collator import AnswerCollator
+from perceptiondlm.training.data.conversations import split_turns
+from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.mixture import build_dataset
+
+
+QUESTIONS = [
+    {"from": "system", "value": "Be short."},
+    {"from": "human", "value": "<image>\nHow many cats?"},
+    {"from": "gpt", "value": "two"},
+    {"from": "human", "value": "What color?"},
+    {"from": "gpt", "value": "a red one and a blue one"},
+]
+OPENAI = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "apple"}]
+
+
+def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
+    stream = BytesIO()
+    Image.new("RGB", size, color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(path, rows: list[dict], **columns) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, **columns)
+
+
+def row(turns=None, images=None) -> dict:
+    """A row of encoded bytes and turns as JSON."""
+    return {"id": "1", "images": [png()] if images is None else images, "conversations": json.dumps(turns or QUESTIONS)}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, tiny_processor):
+    """A base model's config and its processor."""
+    model = tiny_model(region_conditioning="none")
+    return model.config, tiny_processor(model)
+
+
+@pytest.fixture
+def build(base, tmp_path):
+    """Factory `build(path or hub settings, data settings)` of dataset and collator."""
+
+    def make(source: dict, loss: dict | None = None, **settings):
+        config, processor = base
+        data = DataConfig([SourceConfig("conversations", **source)], **settings)
+        loss = LossConfig(**{"num_slots": 8, "max_slots": 64, "noise_copies": 1, **(loss or {})})
+        dataset = build_dataset(data, loss, processor, config, tmp_path / "cache")
+        return dataset, AnswerCollator.build(data, loss, processor, config)
+
+    return make
+
+
+def prompt_text(processor, batch, row: int = 0) -> str:
+    """The prompt of a row with its image tokens as one."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+    text = processor.tokenizer.decode(ids)
+    while "<IMG_CONTEXT><IMG_CONTEXT>" in text:
+        text = text.replace("<IMG_CONTEXT><IMG_CONTEXT>", "<IMG_CONTEXT>")
+    return text
+
+
+@pytest.mark.parametrize("shape", ["bytes", "struct", "path struct", "path", "Image feature"])
+def test_images_come_in_every_published_shape(build, tmp_path, shape):
+    (tmp_path / "set" / "pictures").mkdir(parents=True)
+    (tmp_path / "set" / "pictures" / "a.png").write_bytes(png("blue"))
+    image = {
+        "bytes": png("blue"),
+        "struct": {"bytes": png("blue"), "path": "elsewhere.png"},
+        "path struct": {"bytes": None, "path": "pictures/a.png"},
+        "path": "pictures/a.png",
+        "Image feature": {"bytes": png("blue"), "path": None},
+    }[shape]
+    if shape == "Image feature":
+        features = datasets.Features(
+            {"images": datasets.List(datasets.Image()), "conversations": datasets.Value("string")}
+        )
+        rows = {"images": [[image]], "conversations": [json.dumps(QUESTIONS)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "a.parquet")
+    else:
+        write(tmp_path / "set" / "a.parquet", [row(images=[image])])
+    dataset, collator = build({"path": str(tmp_path / "set")})
+    batch = collator([dataset[0]])
+    assert dataset.report[0]["bad"] == 0
+    assert batch["pixel_values"][0, :, 0, 0].tolist() == [-1, -1, 1]  # blue
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_sequence_is_the_chat_with_only_the_answer_to_learn(build, base, tmp_path, as_json):
+    """What is trained is the conversation as the chat template writes it, earlier answers clean before the last."""
+    processor = base[1]
+    entry = row()
+    entry["conversations"] = entry["conversations"] if as_json else QUESTIONS
+    write(tmp_path / "a.parquet", [entry])
+    dataset, collator = build({"path": str(tmp_path / "a.parquet"), "turns": "all"})
+    assert len(dataset) == 2
+    batch = collator([dataset[0], dataset[1]])
+    header = "<|start_header_id|>{}<|end_header_id|>\n"
+    first = (
+        header.format("system") + "Be short.<|eot_id|>\n" + header.format("user")
+        + "<img><IMG_CONTEXT></img>How many cats?<|eot_id|>\n" + header.format("assistant")
+    )  # fmt: skip
+    second = first + "two<|eot_id|>\n" + header.format("user") + "What color?<|eot_id|>\n" + header.format("assistant")
+    assert [prompt_text(processor, batch, i) for i in (0, 1)] == [first, second]
+    answers = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert answers[0].startswith("two<|eot_id|><|endoftext|>")
+    assert answers[1].startswith("a red one and a blue one<|eot_id|>")
+    # the template's own assistant mask marks the same tokens
+    messages = [
+        {"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], "system"), "content": turn["value"]}
+        for turn in QUESTIONS
+    ]
+    rendered = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, return_assistant_tokens_mask=True, return_dict=True
+    )
+    marked = [i for i, m in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if m]
+    assert processor.tokenizer.decode(marked) == "two<|eot_id|>a red one and a blue one<|eot_id|>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, BASE_CHAT_TEMPLATE, LLADA_CHAT_TEMPLATE])
+def test_every_chat_template_marks_its_answers(template):
+    """In each, the answer begins where generation would, and what is before it holds the earlier turns."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many cats?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        {"role": "user", "content": "What color?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    turns = split_turns(messages, template)
+    assert [(turn.answer, turn.num_images) for turn in turns] == [("two", 1), ("red", 1)]
+    for turn, before in zip(turns, (1, 3), strict=True):
+        rendered, _ = render_jinja_template([messages[:before]], chat_template=template, add_generation_prompt=True)
+        assert turn.prompt == rendered[0]
+    with pytest.raises(ValueError, match="marks 0 of 2 answers"):
+        split_turns(messages, template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+
+
+def test_answers_take_whole_multiples_of_slots(build, base, tmp_path):
+    """The end of turn is always among them, and an answer's own slots do not depend on its batch."""
+    processor = base[1]
+    write(tmp_path / "a.parquet", [row()])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all"})
+    together, alone = collator([dataset[0], dataset[1]]), collator([dataset[0]])
+    tokens = len(processor.tokenizer("a red one and a blue one")["input_ids"])
+    assert alone["labels"].shape == (1, 8)
+    assert together["labels"].shape == (2, -(-(tokens + 1) // 8) * 8)
+    assert (together["labels"][0, 8:] == -100).all()
+    assert torch.equal(together["labels"][:1, :8], alone["labels"])
+    assert torch.equal(together["answer_noise"][:1, :8], alone["answer_noise"])
+
+
+def test_a_batch_has_the_losses_of_its_samples(build, base, tiny_model, tmp_path):
+    """Answers of different lengths, with and without images, side by side: nothing of the padding is seen."""
+    write(tmp_path / "a.parquet", [row(), row(OPENAI, [])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all"})
+    model = tiny_model(region_conditioning="none")
+    samples = [dataset[i] for i in range(3)]
+    with torch.no_grad():
+        batch = collator(samples)
+        together = model(**batch).token_losses.sum(dim=1)
+        alone = [model(**collator([sample])).token_losses.sum() for sample in samples]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-3, rtol=1e-4)
+
+
+def test_several_images_stand_where_the_text_puts_them(build, base, tmp_path):
+    turns = [{"from": "human", "value": "Is <image> like <image>\n?"}, {"from": "gpt", "value": "no"}]
+    write(tmp_path / "a.parquet", [row(turns, [png("red"), png("blue", (80, 20))])])
+    dataset, collator = build({"path": str(tmp_path)})
+    batch = collator([dataset[0]])
+    assert "Is <img><IMG_CONTEXT></img> like <img><IMG_CONTEXT></img>?" in prompt_text(base[1], batch)
+    assert batch["image_sizes"].tolist() == [[40, 40], [20, 80]]
+
+
+def test_one_turn_is_drawn_per_epoch(build, tmp_path):
+    write(tmp_path / "a.parquet", [row()])
+    dataset, _ = build({"path": str(tmp_path), "turns": "one"})
+    assert len(dataset) == 1
+    drawn = []
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        drawn.append(dataset[0]["answer"])
+        assert dataset[0]["answer"] == drawn[-1]
+    assert set(drawn) == {"two", "a red one and a blue one"}
+
+
+BAD_ROWS = {
+    "an image that is no image": (row(images=[b"nothing"]), r"images\[0\]"),
+    "a missing file": (row(images=["gone.png"]), "gone.png"),
+    "a placeholder too few": (row(images=[png(), png()]), "1 <image> places for 2 images"),
+    "an empty answer": (row([QUESTIONS[1], {"from": "gpt", "value": " "}]), "turn 1 is empty"),
+    "broken JSON": ({**row(), "conversations": '[{"from"'}, "conversations cannot be read"),
+    "an unknown speaker": (row([{"from": "narrator", "value": "x"}]), "narrator"),
+    "two questions in a row": (row([QUESTIONS[1], QUESTIONS[3]]), "in alternation"),
+    "special tokens": (row([QUESTIONS[1], {"from": "gpt", "value": "<|mdm_mask|>"}]), r"<\|mdm_mask\|>"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_rows_are_counted_named_and_left_out(build, tmp_path, kind):
+    """The rows around it stay, and nothing takes its place."""
+    bad, message = BAD_ROWS[kind]
+    good = row(images=None) if isinstance(bad["images"][0], bytes) else row(images=["a.png"])
+    (tmp_path / "a.png").write_bytes(png())
+    write(tmp_path / "0.parquet", [good, good])
+    write(tmp_path / "1.parquet", [good, bad])
+    dataset, _ = build({"path": str(tmp_path)}, max_bad_share=0.3)
+    report = dataset.report[0]
+    assert (report["records"], report["bad"], len(dataset)) == (4, 1, 3)
+    assert report["bad_records"][0].startswith(f"{tmp_path / '1.parquet'}, row 1: ")
+    assert re.search(message, report["bad_records"][0])
+    with pytest.raises(ValueError, match=r"1 of the first 4 records .*max_bad_share"):
+        build({"path": str(tmp_path)}, max_bad_share=0.01)
+
+
+def test_sets_that_are_missing_or_have_other_columns_are_refused(build, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        build({"path": str(tmp_path / "absent")})
+    write(tmp_path / "a.parquet", [{"text": "x", "images": [png()]}])
+    with pytest.raises(ValueError, match=r"columns \['text', 'images'\]; accepted: conversations"):
+        build({"path": str(tmp_path)})
+
+
+def test_the_length_limit_cuts_answers_and_never_images(build, base, tmp_path):
+    """An answer is cut to whole multiples of slots; without room for any, the sample is left out and counted."""
+    long = [QUESTIONS[1], {"from": "gpt", "value": "red " * 60}]
+    write(tmp_path / "a.parquet", [row(long), row([{"from": "human", "value": "<image>" + "blue " * 90}, long[1]])])
+    room = 60  # of which the first question takes less than half
+    dataset, collator = build({"path": str(tmp_path)}, max_length=room)
+    assert (dataset.report[0]["too_long"], dataset.report[0]["cut"], len(dataset)) == (1, 1, 1)
+    batch = collator([dataset[0]])
+    image_id = base[1].tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert (batch["input_ids"] == image_id).sum() == 16
+    assert batch["labels"].shape[1] % 8 == 0
+    assert room - 8 < batch["input_ids"].shape[1] + batch["labels"].shape[1] <= room
+    assert dataset.lengths == [batch["input_ids"].shape[1] + batch["labels"].shape[1]]
+    assert (batch["labels"] != base[0].end_of_turn_token_id).all()  # a cut answer does not end
+
+
+def test_lengths_are_those_of_the_batch(build, tmp_path):
+    turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "no"}]
+    write(tmp_path / "a.parquet", [row(), row(OPENAI, []), row(turns, [png(), png(size=(300, 100))])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all"}, {"noise_copies": 2})
+    for index, length in enumerate(dataset.lengths):
+        batch = collator([dataset[index]])
+        assert length == batch["input_ids"].shape[1] + batch["labels"].numel()
+
+
+def test_markers_models_train_answers_of_their_own_length(tiny_model, tiny_processor, tmp_path):
+    """As the released base model does: answer and end of turn, no slots behind them."""
+    model = tiny_model(region_conditioning="none", attention_layout="full", supervise_markers=True)
+    processor = tiny_processor(model)
+    write(tmp_path / "a.parquet", [row()])
+    data, loss = (
+        DataConfig([SourceConfig("conversations", path=str(tmp_path), turns="all")]),
+        LossConfig(noise_copies=1),
+    )
+    dataset = build_dataset(data, loss, processor, model.config, tmp_path / "cache")
+    batch = AnswerCollator.build(data, loss, processor, model.config)([dataset[0], dataset[1]])
+    texts = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert texts == ["two<|eot_id|>", "a red one and a blue one<|eot_id|>"]
+    assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
+    assert torch.isfinite(model(**batch).loss)
+
+
+def read_stream(dataset, count: int, workers: int = 0) -> list[str]:
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+    iterator = iter(loader)
+    return [next(iterator)["answer"] for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_give_every_row_once_per_epoch_to_one_reader(build, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("perceptiondlm.training.data.streaming.POOL", 1)  # in the order of the files
+    names = [f"{word} {number}" for number in range(3) for word in ("red", "blue", "green", "small")]
+    for file in range(3):
+        turns = [[OPENAI[0], {"role": "assistant", "content": name}] for name in names[4 * file : 4 * file + 4]]
+        write(tmp_path / f"{file}.parquet", [row(t, []) for t in turns])
+    source = {"path": str(tmp_path), "streaming": True, "samples": 12}
+    found = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        dataset, collator = build(source)
+        whole = read_stream(dataset, 24, workers)
+        assert read_stream(dataset, 24, workers) == whole
+        found.append(whole)
+        assert collator([next(iter(dataset))])["labels"].shape[0] == 1
+    assert dataset.samples_per_epoch == 12
+    assert set(found[0]) | set(found[1]) == set(names)
+    if not workers:  # three files for two readers: the first epoch is 8 rows of one and 4 of the other
+        assert sorted(found[0][:8] + found[1][:4]) == sorted(names)
+
+
+def test_streams_group_by_length(build, tmp_path):
+    """Batches hold answers of one length where a plain shuffle mixes them, and nothing is lost."""
+    answers = ["red " * (1 + 12 * (i % 4)) + str(i) for i in range(64)]
+    write(tmp_path / "0.parquet", [row([OPENAI[0], {"role": "assistant", "content": text}], []) for text in answers])
+    mixed = {}
+    for size in (4, 1):
+        dataset, _ = build({"path": str(tmp_path), "streaming": True, "samples": 64})
+        dataset.batch_size = size
+        read = read_stream(dataset, 256)
+        assert Counter(read) == dict.fromkeys(answers, 4)
+        mixed[size] = sum(len(set(map(len, read[i : i + 4]))) > 2 for i in range(0, 256, 4))  # 1 or 2 digits
+    assert mixed[4] < 8 < mixed[1]
+
+
+def test_streams_skip_bad_rows_and_stop_when_there_are_many(build, tmp_path):
+    rows = [row([OPENAI[0], {"role": "assistant", "content": f"number {i}"}], []) for i in range(150)]
+    rows[3] = row(images=[b"nothing"])
+    rows = [{**entry, "images": entry["images"] or [png()][:0]} for entry in rows]
+    write(tmp_path / "set" / "0.parquet", rows)
+    source = {"path": str(tmp_path / "set"), "streaming": True, "samples": 150}
+    dataset, _ = build(source, max_bad_share=0.02)
+    answers = read_stream(dataset, 298)  # two epochs
+    assert "number 3" not in answers
+    assert set(answers) == {f"number {i}" for i in range(150) if i != 3}
+    assert [entry["place"] for entry in dataset.report] == ["file 0, row 3"]
+    rows[5] = rows[6] = rows[3]
+    write(tmp_path / "set" / "0.parquet", rows)
+    dataset, _ = build(source)
+    with pytest.raises(ValueError, match=r"of the first \d+ records .*max_bad_share"):
+        read_stream(dataset, 298)

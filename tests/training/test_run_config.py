@@ -1,0 +1,205 @@
+"""Run configurations: types, overrides, refusals by name, the published settings of every stage, and the planner."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from perceptiondlm.scripts.cli import main as command
+from perceptiondlm.training.config import RunConfig, load_run_config
+from perceptiondlm.training.planner import Machine, make_plan
+from perceptiondlm.training.train import main as train_command
+from perceptiondlm.training.train import trainer_arguments
+
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+RECIPE = CONFIGS / "scenes.yaml"
+BASE_STAGES = ("stage1_alignment", "stage2_midtraining", "stage3_instruction", "stage4_refinement")
+# Table 3 of the paper and section 4.1: batch, longest sequence, learning rate, trained parts, samples.
+PUBLISHED = {
+    "stage1_alignment": (512, 2048, 1e-3, {"projector"}, 10**6),
+    "stage2_midtraining": (512, 4096, 4e-5, {"projector", "language_model"}, 14 * 10**6),
+    "stage3_instruction": (512, 4096, 4e-5, {"projector", "language_model"}, 22 * 10**6),
+    "stage4_refinement": (512, 4096, 4e-5, {"projector", "language_model"}, 15 * 10**6),
+    "regions": (256, 4096, 4e-5, {"vision_tower", "projector", "regions", "language_model"}, None),
+}
+
+
+def test_overrides_are_typed_and_reach_into_lists():
+    overrides = ["trainer.max_steps=3", "data.sources.0.samples=40", "trainer.learning_rate=1e-3", "resume=true"]
+    run = load_run_config(RECIPE, overrides)
+    assert run.data.sources[0].samples == 40
+    assert run.data.sources[0].seed == 1  # the rest of the section stays
+    assert (run.trainer["max_steps"], run.resume) == (3, True)
+    assert run.trainer["learning_rate"] == 1e-3  # a number although YAML 1.1 reads a string
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sourcez=3", "unknown setting 'data.sourcez', did you mean 'data.sources'"),
+        ("data.sources.0.sample=3", "unknown setting 'data.sources.0.sample', did you mean 'data.sources.0.samples'"),
+        ("trainer.learning_rat=1", "did you mean 'trainer.learning_rate'"),
+        ("model.atention_layout=full", "did you mean 'model.attention_layout'"),
+        ("model.text_config.hiden_size=8", "did you mean 'model.text_config.hidden_size'"),
+        ("processor.max_tile=1", "did you mean 'processor.max_tiles'"),
+        ("train.parts=[projektor]", "did you mean 'train.parts.projector'"),
+        ("train.learning_rates={vision_tower: high}", "train.learning_rates.vision_tower must be of type float"),
+        ("train={parts: [projector], learning_rates: {vision_tower: 1e-5}}", "leaves frozen"),
+        ("data.sources.1.samples=3", "'1' is no index of a list of 1"),
+        ("data.sources.0.samples=many", "data.sources.0.samples must be of type int"),
+        ("data.sources={kind: scenes}", "data.sources must be of type list"),
+        ("trainer.max_steps=few", "trainer.max_steps must be of type int"),
+        ("trainer.bf16=yes please", "trainer.bf16 must be of type bool"),
+        ("train.ema_decay=2", r"train.ema_decay must be in \(0, 1\)"),
+        ("train.lora={rank: 0}", "rank and alpha must be at least 1"),
+        ("train.lora={target_modules: '('}", "is no pattern"),
+        ("train.parts=[]", "nothing would be trained"),
+        ("preset=80b", "preset must be one of"),
+        ("nonsense", "key=value"),
+        ("loss=3", "loss must be a section"),
+        ("loss.num_slots.more=3", "'num_slots' is a value, not a section"),
+        ("resume=3", "resume must be of type bool"),
+    ],
+)
+def test_wrong_overrides_are_refused_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(RECIPE, [override])
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    for content, message in (("trainer: {}\n", "export_dir"), ("a: [", "is not YAML"), ("- 1\n", "mapping")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_run_config(path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_run_config(tmp_path / "absent.yaml")
+
+
+def test_a_stored_configuration_starts_the_same_run(tmp_path):
+    run = load_run_config(RECIPE, ["train.lora={rank: 4}", "train.ema_decay=0.9"])
+    path = tmp_path / "run.yaml"
+    path.write_text(run.to_yaml())
+    assert load_run_config(path) == run
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_stages_hold_the_published_settings_and_plan_without_data(stage, capsys, monkeypatch):
+    run = load_run_config(CONFIGS / f"{stage}.yaml")
+    batch, length, rate, parts, samples = PUBLISHED[stage]
+    assert (run.batch_size, run.data.max_length, run.trainer["learning_rate"]) == (batch, length, rate)
+    assert set(run.train.parts) == parts
+    assert sum(source.samples or 0 for source in run.data.sources) == (samples or 0)
+    assert run.trainer["num_train_epochs"] == 1
+    assert (run.trainer["lr_scheduler_type"], run.trainer["warmup_steps"]) == ("cosine", 0.03)
+    assert run.trainer["bf16"]
+    assert run.trainer["gradient_checkpointing"]
+    assert (run.loss.weighting, run.loss.noise_copies, run.loss.noise_level) == ("elbo", 1, "sample")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run.trainer |= {"use_cpu": True, "per_device_train_batch_size": 2}
+    assert trainer_arguments(run).gradient_accumulation_steps == batch // 2
+    assert train_command([str(CONFIGS / f"{stage}.yaml"), "--dry-run"]) == 0
+    assert "days" in capsys.readouterr().out
+
+
+def test_stages_start_from_one_another():
+    runs = [load_run_config(CONFIGS / f"{stage}.yaml") for stage in PUBLISHED]
+    for earlier, later in pairwise(runs):
+        assert later.init_from == earlier.export_dir
+
+
+def test_a_batch_size_that_does_not_divide_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch_size 512 is no multiple of the 12 samples"):
+        trainer_arguments(load_run_config(CONFIGS / "stage1_alignment.yaml"))
+
+
+def test_wrong_settings_end_the_command_with_one_line(capsys):
+    assert train_command([str(RECIPE), "trainer.max_stepz=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("training stopped: unknown setting 'trainer.max_stepz'")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configurations_are_read_and_name_layers_that_exist(path, tiny_model):
+    config = load_config_from_file(str(path))
+    processes = {"one_gpu": 1, "two_cpu_processes": 2, "nodes_zero2": 32}.get(path.stem, 8)
+    assert (config.num_processes, config.num_machines) == (processes, 4 if processes == 32 else 1)
+    layers = (config.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap", "")
+    classes = {type(module).__name__ for module in tiny_model().modules()}
+    assert {name for name in layers.split(",") if name} <= classes
+    stage = (config.deepspeed_config or {}).get("zero_stage")
+    assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
+
+
+# --- planner --------------------------------------------------------------------------------------------------------
+
+
+def stage_plan(stage: str, *overrides: str, **machine):
+    return make_plan(load_run_config(CONFIGS / f"{stage}.yaml", overrides), Machine(**machine))
+
+
+def test_plan_agrees_with_the_papers_times_within_a_factor_of_two():
+    """Three weeks for the base model and two days for the regions, on 32 H100."""
+    base = sum(stage_plan(stage).days for stage in BASE_STAGES)
+    assert 10.5 < base < 42
+    assert 1 < stage_plan("regions").days < 4
+
+
+def test_plan_counts_what_trains_and_what_memory_it_takes():
+    first, second = stage_plan("stage1_alignment"), stage_plan("stage2_midtraining")
+    total = sum(part["total"] for part in first.parameters.values())
+    assert 8.4e9 < total < 8.5e9
+    assert [name for name, part in first.parameters.items() if part["trained"]] == ["projector"]
+    assert first.state_gb < second.state_gb  # gradients and moments of the projector alone
+    assert first.steps == -(-(10**6) // 512)
+    assert second.batch_size == second.machine.gpus * second.micro_batch * second.accumulation
+    whole = stage_plan("stage2_midtraining", memory=200, gpus=8, sharding="ddp")
+    trained = sum(part["trained"] for part in whole.parameters.values())
+    assert whole.state_gb == pytest.approx((4 * total + 12 * trained) / 1e9)
+
+
+def test_plan_scales_with_gpus_and_takes_a_measured_speed():
+    many, few = stage_plan("regions", gpus=32), stage_plan("regions", gpus=8)
+    assert few.days == pytest.approx(4 * many.days)
+    measured = stage_plan("regions", tokens_per_second=2 * many.tokens_per_second)
+    assert measured.days == pytest.approx(many.days / 2)
+    longer = stage_plan("regions", "plan.samples=5400000")
+    assert longer.days == pytest.approx(2 * many.days, rel=1e-3)
+
+
+def test_plan_refuses_what_does_not_fit_and_says_what_would():
+    with pytest.raises(ValueError, match="GB of a GPU: use more GPUs"):
+        stage_plan("stage2_midtraining", sharding="ddp")
+    assert stage_plan("stage2_midtraining", "train.lora={rank: 16}", sharding="ddp").state_gb < 40
+    with pytest.raises(ValueError, match="gpus must be more than 0"):
+        Machine(gpus=0)
+
+
+def test_plan_command_prints_and_writes(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    arguments = [
+        "plan",
+        "--config",
+        str(CONFIGS / "regions.yaml"),
+        "--gpus",
+        "8",
+        "--memory",
+        "141",
+        "--json",
+        str(path),
+    ]
+    assert command(arguments) == 0
+    assert "8 of 141 GB" in capsys.readouterr().out
+    assert json.loads(path.read_text())["steps"] == -(-2_700_000 // 256)
+    assert command(["plan", "--config", str(RECIPE), "init_from=outputs/absent"]) == 2
+    assert "name a preset to plan with" in capsys.readouterr().err
+
+
+def test_a_run_needs_somewhere_to_start():
+    with pytest.raises(ValueError, match="give init_from, preset or the sizes"):
+        RunConfig(export_dir="a", trainer={"output_dir": "a"})
