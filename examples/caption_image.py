@@ -1,7 +1,7 @@
 """Caption the regions of one image.
 
-    python examples/caption_image.py photo.jpg --masks masks.json
-    python examples/caption_image.py photo.jpg --boxes 40,30,200,180 220,60,300,240
+python examples/caption_image.py photo.jpg --masks masks.json
+python examples/caption_image.py photo.jpg --boxes 40,30,200,180 220,60,300,240
 """
 
 import argparse
@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]  # the repository, a model directory 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
-parser.add_argument("--masks", default=ROOT / "examples" / "scene_masks.json", help="COCO annotations, RLEs or polygons")
+parser.add_argument(
+    "--masks", default=ROOT / "examples" / "scene_masks.json", help="COCO annotations, RLEs or polygons"
+)
 parser.add_argument("--boxes", nargs="+", help="x0,y0,x1,y1 in pixels, instead of masks")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id")
 options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Encode an image once; further regions and settings then cost only their own tokens, and the captions are the same.
 
-    python examples/encode_once_ask_often.py photo.jpg --masks masks.json
+python examples/encode_once_ask_often.py photo.jpg --masks masks.json
 """
 
 import argparse

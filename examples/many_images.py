@@ -1,6 +1,6 @@
 """Caption the regions of every image in a folder, in batches: first as a list, then lazily from a generator.
 
-    python examples/many_images.py folder --batch-size 8        # a.png and a_masks.json, b.jpg and b_masks.json, ...
+python examples/many_images.py folder --batch-size 8        # a.png and a_masks.json, b.jpg and b_masks.json, ...
 """
 
 import argparse
@@ -36,5 +36,6 @@ print(f"{len(at_once)} images, {sum(map(len, at_once))} regions")
 
 # A generator in, an iterator out: a batch is in memory at a time, so there may be millions.
 samples = ({"image": Image.open(path), "masks": masks_of(path)} for path in files)
-for path, regions in zip(files, tqdm(pipe(samples, batch_size=options.batch_size, preset="fast"), total=len(files))):
+results = pipe(samples, batch_size=options.batch_size, preset="fast")
+for path, regions in zip(files, tqdm(results, total=len(files)), strict=True):
     print(path.name, json.dumps([region["caption"] for region in regions]))

@@ -2,8 +2,8 @@
 
     python examples/questions.py photo.jpg "What is in the image?" "And on the left?" --model models/base
 
-Such questions are what base checkpoints are for. The embedded model was trained to caption regions of drawn scenes, with
-few questions beside it: the way in is the same, but do not expect its answers to be right.
+Such questions are what base checkpoints are for. The embedded model was trained to caption regions of drawn scenes,
+with few questions beside it: the way in is the same, but do not expect its answers to be right.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Caption everything that SAM finds in an image. The mask-generation pipeline needs torchvision; its masks go in as they are.
+"""Caption everything that SAM finds in an image; masks go in as they come. The mask-generation pipeline needs torchvision.
 
-    python examples/sam_masks_to_captions.py photo.jpg --sam facebook/sam-vit-base --model models/perceptiondlm-8b
+python examples/sam_masks_to_captions.py photo.jpg --sam facebook/sam-vit-base --model models/perceptiondlm-8b
 """
 
 import argparse
@@ -19,6 +19,9 @@ parser.add_argument("--model", default=str(ROOT), help="directory or Hub id of a
 parser.add_argument("--points-per-side", type=int, default=32, help="SAM is asked at a grid of points")
 parser.add_argument("--quality", type=float, default=0.88, help="least quality that SAM predicts of a mask")
 parser.add_argument("--stability", type=float, default=0.95, help="least stability of a mask")
+parser.add_argument(
+    "--overlap", type=float, default=0.7, help="from which overlap of boxes the better mask alone stays"
+)
 options = parser.parse_args()
 
 image = Image.open(options.image).convert("RGB")
@@ -27,6 +30,7 @@ found = pipeline("mask-generation", model=options.sam)(
     points_per_crop=options.points_per_side,
     pred_iou_thresh=options.quality,
     stability_score_thresh=options.stability,
+    crops_nms_thresh=options.overlap,
 )
 print(f"SAM found {len(found['masks'])} masks")
 
