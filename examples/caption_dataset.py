@@ -26,7 +26,6 @@ parser.add_argument("--model", default=str(ROOT), help="directory or Hub id")
 options = parser.parse_args()
 if options.output.suffix not in (".jsonl", ".parquet"):
     parser.error(f"{options.output} must end in .jsonl or .parquet")
-
 if options.data is None:
     annotations = json.loads((ROOT / "examples" / "scene_masks.json").read_text())["annotations"]
     masks = [region["mask_rle"] for region in annotations]

@@ -1,4 +1,4 @@
-"""Caption everything that SAM finds in an image; masks go in as they come. The mask-generation pipeline needs torchvision.
+"""Caption everything that SAM finds in an image; its masks go in as they come. Needs torchvision, for SAM's sake.
 
 python examples/sam_masks_to_captions.py photo.jpg --sam facebook/sam-vit-base --model models/perceptiondlm-8b
 """
