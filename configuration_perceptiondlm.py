@@ -81,6 +81,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         image_token_id, mask_token_id, newline_token_id, end_of_turn_token_id, end_of_text_token_id (`int`): ids.
         roi_token_ids, caption_token_ids (`list[int]`): placeholder of a RoI token and marker that opens a caption, by
             prompt id; `"replay"` knows no ids and uses the first of each.
+        image_mean, image_std (`list[float]`): normalisation of tiles in uint8, after they are scaled to [0, 1].
         initializer_range (`float`): standard deviation for new linear and embedding weights.
 
     Raises:
@@ -117,6 +118,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     end_of_text_token_id: int = 126081
     roi_token_ids: list[int] | tuple[int, ...] = LLADA_ROI_TOKEN_IDS
     caption_token_ids: list[int] | tuple[int, ...] = LLADA_CAPTION_TOKEN_IDS
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

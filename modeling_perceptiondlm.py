@@ -530,7 +530,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
 
     def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
-        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
+        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P).
+
+        Tiles in uint8 are normalised here, on the device; floats are taken as normalised already.
+        """
         addend = None
         if (
             self.config.region_conditioning == "vision"
@@ -539,6 +542,12 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         ):
             weight_KC = self.region_prompts.weight
             addend = torch.einsum("tkp,kc->tpc", prompt_coverage.flatten(2).to(weight_KC.dtype), weight_KC)
+        if pixel_values.dtype == torch.uint8:
+            mean, std = (
+                torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
+                for values in (self.config.image_mean, self.config.image_std)
+            )
+            pixel_values = (pixel_values.float() / 255 - mean) / std
         pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
         return self.projector(self.vision_tower(pixels, self.config.vision_feature_layer, addend))
 
