@@ -212,13 +212,14 @@ def _region_of_dict(region: Mapping, frame: _Frame, name: str) -> Region | None:
 
 
 def _region_of_values(array: np.ndarray, frame: _Frame, name: str) -> Region | None:
+    given = array.shape
     while array.ndim > 2 and len(array) == 1:
         array = array[0]
     if array.ndim == 3 and array.shape[2] == 1 and array.shape[:2] == frame.size_HW:
         array = array[..., 0]
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {array.dtype}; accepted: bool, integer, float")
-    array = _fitted(array, frame, name)
+    array = _fitted(array, frame, name, given)
     if array.dtype == bool:
         return CroppedRegion.of_mask(array)
     largest = array.max() if array.dtype.kind in "iu" else 1
@@ -230,12 +231,12 @@ def _region_of_values(array: np.ndarray, frame: _Frame, name: str) -> Region | N
     return CroppedRegion.of_mask(mask_HW)
 
 
-def _fitted(array: np.ndarray, frame: _Frame, name: str) -> np.ndarray:
+def _fitted(array: np.ndarray, frame: _Frame, name: str, given: Sequence[int] | None = None) -> np.ndarray:
     """The array if it has the image's size, its nearest neighbours at that size if masks may be resized."""
     if array.shape == frame.size_HW:
         return array
     if not frame.resize or array.ndim != 2 or array.size == 0:
-        raise _wrong_size(array.shape, frame, name)
+        raise _wrong_size(given or array.shape, frame, name)
     rows, columns = (np.arange(n) * m // n for n, m in zip(frame.size_HW, array.shape, strict=True))
     return array[rows[:, None], columns]
 

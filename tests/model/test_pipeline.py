@@ -246,7 +246,7 @@ def test_a_bad_sample_is_refused_when_its_turn_comes(pipe, expected):
     samples = [{"image": IMAGES[0], "masks": MASKS[0]}, {"image": IMAGES[1], "masks": [np.zeros((64, 64), bool)]}]
     results = pipe(iter(samples))
     assert next(results) == expected[0]
-    with pytest.raises(ValueError, match=r"masks\[0\]\[0\] is empty"):
+    with pytest.raises(ValueError, match=r"sample 1: masks\[0\] is empty"):
         next(results)
 
 

@@ -10,7 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiondlm.attention_perceptiondlm import ROI, SEPARATOR, SHARED
+from perceptiondlm.coverage_perceptiondlm import CroppedRegion
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor, best_grid
+from perceptiondlm.released_perceptiondlm import nearest_coverage
 
 
 SIDE, PATCHES, TOKENS, BINS = 64, 8, 16, 4  # of the tiny model: tile, patches per side, image tokens, RoI bins per side
@@ -82,7 +84,7 @@ def test_batch_holds_the_documented_keys_shapes_and_dtypes(conditioning, replay,
         "region_ids": ((rows, length), torch.int64),
         "num_regions": ((rows,), torch.int64),
         "sample_ids": ((rows,), torch.int64),
-        "pixel_values": ((tiles, 3, SIDE, SIDE), torch.float32),
+        "pixel_values": ((tiles, 3, SIDE, SIDE), torch.uint8),
         "tile_grids": ((images, 2), torch.int64),
         "image_sizes": ((images, 2), torch.int64),
         "region_boxes": ((regions, 4), torch.int64),
@@ -186,7 +188,15 @@ def test_an_image_of_one_tile_has_no_thumbnail_and_is_resized(replay):
     image = noise_image(60, 62)
     tiles = replay(images=image, boxes=[[0, 0, 9, 9]])["pixel_values"]
     small = torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
-    torch.testing.assert_close(tiles, (small.permute(2, 0, 1)[None] / 255 - 0.5) / 0.5)
+    assert torch.equal(tiles, small.permute(2, 0, 1)[None])
+
+
+def test_tiles_in_bytes_are_normalised_by_the_model_as_numpy_does_it(replay_model, replay):
+    """Bit for bit what tiles were that the processor had normalised."""
+    tiles = replay(images=WIDE, masks=WIDE_MASKS)["pixel_values"]
+    normalised = torch.from_numpy((tiles.numpy().astype(np.float32) / 255.0 - np.float32(0.5)) / np.float32(0.5))
+    with torch.no_grad():
+        assert torch.equal(replay_model.encode_tiles(tiles), replay_model.encode_tiles(normalised))
 
 
 # --- prompt -----------------------------------------------------------------------------------------------------------
@@ -651,7 +661,8 @@ def test_nearest_masks_ask_one_pixel_of_a_resized_picture(vision_config, tiny_pr
     mask = np.random.default_rng(0).random((90, 170)) < 0.02
     columns, rows = processor._grid((170, 90), None)
     step = processor.patch_size
-    found = processor._nearest_coverage(mask[None], (columns, rows), np.array([2]))[:, 0]
+    region = CroppedRegion.of_mask(mask)
+    found = nearest_coverage(region, 2, lambda picture: processor._cut(picture, (columns, rows)), step)
     picture = Image.fromarray(np.where(mask, 2, 255).astype(np.uint8))
     wide = np.asarray(picture.resize((columns * SIDE, rows * SIDE), Image.Resampling.BICUBIC))
     for tile, coverage in enumerate(found[: columns * rows]):
