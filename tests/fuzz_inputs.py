@@ -27,15 +27,37 @@ from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
 from perceptiondlm.common.region_files import read_regions
-from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.images_perceptiondlm import load_image, to_numpy
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.regions_perceptiondlm import region_masks
 
 
 SIZE = HEIGHT, WIDTH = 24, 32
 NAMES = ("masks", "boxes", "label_map", "points", "image", "region", "sample")  # one of them stands in every message
-NUMBERS = (0, 1, -1, 2, 255, 256, 65535, 2**31, 2**63 - 1, 2**63, -(2**63), 10**400, 0.5, -0.5, 1e-9, 1e308, float("nan"),
-           float("inf"), True, HEIGHT, WIDTH, HEIGHT * WIDTH)  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    255,
+    256,
+    65535,
+    2**31,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    10**400,
+    0.5,
+    -0.5,
+    1e-9,
+    1e308,
+    float("nan"),
+    float("inf"),
+    True,
+    HEIGHT,
+    WIDTH,
+    HEIGHT * WIDTH,
+)
 ODDITIES = (
     None,
     "",
@@ -66,17 +88,36 @@ def pool(dice: random.Random) -> list[tuple[str, Any]]:
     labels = generator.integers(0, 5, SIZE)
     box = {"xmin": 1, "ymin": 2, "xmax": 9, "ymax": 12}
     return [
-        ("masks", mask), ("masks", mask[None].astype(np.uint8) * 255), ("masks", torch.from_numpy(mask)[None, None]),
-        ("masks", [mask, mask]), ("masks", [mask.astype(np.float32)]), ("masks", picture), ("masks", picture.convert("P")),
-        ("masks", picture.convert("RGBA")), ("masks", picture.quantize(2)), ("masks", [encoded]), ("masks", [text_rle]),
-        ("masks", [{"size": list(SIZE), "counts": [10, 20, HEIGHT * WIDTH - 30]}]), ("masks", [[ring]]), ("masks", ring),
-        ("masks", [{"segmentation": [], "bbox": [1, 2, 8, 9]}]), ("masks", {"masks": [mask], "scores": [0.5]}),
-        ("masks", [{"mask": picture, "label": "a", "score": 0.5}]), ("masks", [{"segmentation": [ring], "id": 3}]),
-        ("masks", [stored(picture)]), ("boxes", [[1, 2, 9, 12]]), ("boxes", np.array([[1.5, 2, 9, 12]])),
-        ("boxes", [box]), ("boxes", [{"box": box, "score": 0.9}]), ("boxes", torch.tensor([[1, 2, 9, 12]])),
-        ("label_map", labels), ("label_map", torch.from_numpy(labels).float()), ("label_map", labels[None]),
-        ("label_map", Image.fromarray(labels.astype(np.uint8))), ("points", [[3, 4, 1]]),
-    ]  # fmt: skip
+        ("masks", mask),
+        ("masks", mask[None].astype(np.uint8) * 255),
+        ("masks", torch.from_numpy(mask)[None, None]),
+        ("masks", [mask, mask]),
+        ("masks", [mask.astype(np.float32)]),
+        ("masks", picture),
+        ("masks", picture.convert("P")),
+        ("masks", picture.convert("RGBA")),
+        ("masks", picture.quantize(2)),
+        ("masks", [encoded]),
+        ("masks", [text_rle]),
+        ("masks", [{"size": list(SIZE), "counts": [10, 20, HEIGHT * WIDTH - 30]}]),
+        ("masks", [[ring]]),
+        ("masks", ring),
+        ("masks", [{"segmentation": [], "bbox": [1, 2, 8, 9]}]),
+        ("masks", {"masks": [mask], "scores": [0.5]}),
+        ("masks", [{"mask": picture, "label": "a", "score": 0.5}]),
+        ("masks", [{"segmentation": [ring], "id": 3}]),
+        ("masks", [stored(picture)]),
+        ("boxes", [[1, 2, 9, 12]]),
+        ("boxes", np.array([[1.5, 2, 9, 12]])),
+        ("boxes", [box]),
+        ("boxes", [{"box": box, "score": 0.9}]),
+        ("boxes", torch.tensor([[1, 2, 9, 12]])),
+        ("label_map", labels),
+        ("label_map", torch.from_numpy(labels).float()),
+        ("label_map", labels[None]),
+        ("label_map", Image.fromarray(labels.astype(np.uint8))),
+        ("points", [[3, 4, 1]]),
+    ]
 
 
 def files(dice: random.Random) -> list[tuple[str, bytes]]:
@@ -90,12 +131,20 @@ def files(dice: random.Random) -> list[tuple[str, bytes]]:
     brush = {"type": "brushlabels", "value": {"format": "rle", "rle": [0, 0, 12, 0, 58, 1, 255, 255, 254, 1]}}
     shape = {"label": "x", "points": ring, "shape_type": "polygon"}
     contents = [
-        {"images": images, "annotations": annotations}, [rle, rle], [[1, 2, 9, 12]], {"annotations": annotations[:1]},
-        {"imageHeight": HEIGHT, "imageWidth": WIDTH, "shapes": [shape, {**shape, "shape_type": "circle", "points": ring[:2]}]},
+        {"images": images, "annotations": annotations},
+        [rle, rle],
+        [[1, 2, 9, 12]],
+        {"annotations": annotations[:1]},
+        {
+            "imageHeight": HEIGHT,
+            "imageWidth": WIDTH,
+            "shapes": [shape, {**shape, "shape_type": "circle", "points": ring[:2]}],
+        },
         [{"data": {"image": "u-a.png"}, "annotations": [{"result": [result, brush]}]}],
-    ]  # fmt: skip
+    ]
     xml = f"""<annotations><image name="a.png" width="{WIDTH}" height="{HEIGHT}"><polygon points="3,2;20,2;20,15"/>
-    <mask rle="0,12" left="3" top="2" width="4" height="3"/><ellipse cx="9" cy="9" rx="3" ry="2" rotation="20"/></image></annotations>"""
+    <mask rle="0,12" left="3" top="2" width="4" height="3"/>
+    <ellipse cx="9" cy="9" rx="3" ry="2" rotation="20"/></image></annotations>"""
     array, arrays = io.BytesIO(), io.BytesIO()
     np.save(array, np.ones((1, *SIZE), bool))
     np.savez(arrays, masks=np.ones((1, *SIZE), bool))
@@ -168,7 +217,7 @@ def mutated(value: Any, dice: random.Random, depth: int = 0) -> Any:
 
 
 def mutated_array(array: Any, dice: random.Random) -> Any:
-    array = array.numpy() if isinstance(array, torch.Tensor) else array
+    array = to_numpy(array)
     array = np.array(array)
     kind = dice.randrange(8)
     if kind == 0:
@@ -198,7 +247,7 @@ def mutated_array(array: Any, dice: random.Random) -> Any:
         return array[(None,) * dice.randrange(1, 4)]
     if kind == 4:
         return array.tolist()
-    if kind == 5:
+    if kind == 5 and array.dtype.kind in "biuf" and array.dtype not in (np.uint16, np.uint32, np.uint64):
         return torch.from_numpy(np.ascontiguousarray(array)).to(
             dice.choice((torch.bfloat16, torch.half, torch.int32, torch.bool, torch.uint8))
         )
@@ -219,7 +268,7 @@ def mutated_picture(picture: Image.Image, dice: random.Random) -> Any:
         return picture.convert("L").convert(mode)
     if kind == 2:
         return picture.rotate(dice.randrange(360))
-    return mutated_text(stored(picture), dice)
+    return mutated_text(stored(picture.convert("RGB")), dice)
 
 
 def mutated_text(text: Any, dice: random.Random) -> Any:
@@ -242,8 +291,15 @@ class Doors:
         self.pipe, self.folder = pipe, folder
         self.image = Image.new("RGB", (WIDTH, HEIGHT))
         self.all: tuple[Callable[[random.Random], str], ...] = (
-            self.regions, self.regions, self.regions, self.picture, self.processor, self.pipeline, self.file, self.file,
-        )  # fmt: skip
+            self.regions,
+            self.regions,
+            self.regions,
+            self.picture,
+            self.processor,
+            self.pipeline,
+            self.file,
+            self.file,
+        )
 
     @staticmethod
     def chosen(dice: random.Random) -> tuple[str, Any]:
@@ -260,8 +316,17 @@ class Doors:
         return "regions"
 
     def picture(self, dice: random.Random) -> str:
-        source = dice.choice((stored(self.image), stored(self.image, "JPEG"), stored(self.image, "GIF"), self.image,
-                              np.asarray(self.image), {"bytes": stored(self.image), "path": None}, "data:image/png;base64,AAAA"))  # fmt: skip
+        source = dice.choice(
+            (
+                stored(self.image),
+                stored(self.image, "JPEG"),
+                stored(self.image, "GIF"),
+                self.image,
+                np.asarray(self.image),
+                {"bytes": stored(self.image), "path": None},
+                "data:image/png;base64,AAAA",
+            )
+        )
         for _ in range(dice.randrange(1, 4)):
             source = mutated(source, dice)
         assert load_image(source, exif=dice.choice((None, "applied"))).mode == "RGB"

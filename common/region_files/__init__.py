@@ -65,9 +65,11 @@ def read_regions(path: Path, image: Path, size: tuple[int, int], form: str = "ma
         raise ValueError(f"{path}: {form} may be {accepted.get(form, 'a picture, .npy or .npz')}")
     try:
         regions = readers[suffix](path, entry)
+        if form == "boxes" and isinstance(regions, list):
+            return [_as_box(region, path, index) for index, region in enumerate(regions)]
+        return regions
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not laid out as its kind of file is: {type(error).__name__}: {error}") from error
-    return [_as_box(region, path, index) for index, region in enumerate(regions)] if form == "boxes" else regions
 
 
 def is_about_many(path: Path) -> bool:
@@ -103,7 +105,12 @@ def _as_box(region: Any, path: Path, index: int) -> Any:
         return region
     if isinstance(region, Mapping):
         raise ValueError(f"{path}: region {index} has no box (keys {sorted(map(str, region))}); give it as masks")
-    if region and isinstance(region, list) and isinstance(region[0], list):
+    if isinstance(region, np.ndarray):
+        ys, xs = np.nonzero(region)
+        if not xs.size:
+            raise ValueError(f"{path}: region {index} is empty (0 pixels set); accepted: at least 1 pixel")
+        return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+    if isinstance(region, list) and region and isinstance(region[0], list):
         xs, ys = ([n for ring in region for n in ring[start::2]] for start in (0, 1))
         return [min(xs), min(ys), max(xs), max(ys)]
     return region

@@ -109,7 +109,10 @@ OUTPUT = {  # input: the masks that must come out
     "annotation with an empty ring": ({"masks": [{"segmentation": [[]], "bbox": [10, 5, 20, 15]}]}, [M1]),
     "annotation with no segmentation": ({"masks": [{"segmentation": None, "bbox": [10.0, 5.0, 20, 15]}]}, [M1]),
     "annotation without the key": ({"masks": [{"bbox": np.array([10, 5, 20, 15])}]}, [M1]),
-    "annotations of both kinds": ({"masks": [annotation(M2, bbox=[0, 0, 1, 1]), annotation(bbox=[10, 5, 20, 15])]}, [M2, M1]),
+    "annotations of both kinds": (
+        {"masks": [annotation(M2, bbox=[0, 0, 1, 1]), annotation(bbox=[10, 5, 20, 15])]},
+        [M2, M1],
+    ),
     "boxes of annotations": ({"boxes": [annotation(M2, bbox=[10, 5, 20, 15])]}, [M1]),
     "RLE size as a tensor": ({"masks": [{**rle(M1), "size": torch.tensor(SIZE)}]}, [M1]),
     # pictures
@@ -140,7 +143,10 @@ OUTPUT = {  # input: the masks that must come out
     "RGBA, white cut out": ({"masks": with_alpha(GREY * 0 + 255, GREY)}, [M1]),
     "RGBA, black cut out": ({"masks": with_alpha(GREY * 0, GREY)}, [M1]),
     "RGBA, both the same": ({"masks": with_alpha(GREY, GREY)}, [M1]),
-    "RGBA, photo cut out": ({"masks": Image.merge("RGBA", [*Image.fromarray(PIXELS).split(), Image.fromarray(GREY)])}, [M1]),
+    "RGBA, photo cut out": (
+        {"masks": Image.merge("RGBA", [*Image.fromarray(PIXELS).split(), Image.fromarray(GREY)])},
+        [M1],
+    ),
     "LA": ({"masks": with_alpha(GREY, GREY).convert("LA")}, [M1]),
     "L with a transparent level": ({"masks": reopened(Image.fromarray(GREY), transparency=0)}, [M1]),
     "bytes": ({"masks": [stored(Image.fromarray(GREY))]}, [M1]),
@@ -150,8 +156,20 @@ OUTPUT = {  # input: the masks that must come out
     "mixed 0/1 and 0/255": ({"masks": np.stack([M1.astype(np.uint8), M2 * np.uint8(255)])}, [M1, M2]),
     # other sizes
     "resized array": ({"masks": [M1[::2, ::2]], "resize_masks": True}, [M1[::2, ::2].repeat(2, 0).repeat(2, 1)]),
-    "resized RLE": ({"masks": [{"size": [80, 120], "counts": coco_mask.encode(np.asfortranarray(
-        M1.repeat(2, 0).repeat(2, 1).astype(np.uint8)))["counts"]}], "resize_masks": True}, [M1]),
+    "resized RLE": (
+        {
+            "masks": [
+                {
+                    "size": [80, 120],
+                    "counts": coco_mask.encode(np.asfortranarray(M1.repeat(2, 0).repeat(2, 1).astype(np.uint8)))[
+                        "counts"
+                    ],
+                }
+            ],
+            "resize_masks": True,
+        },
+        [M1],
+    ),
     "resized picture": ({"masks": Image.fromarray(GREY.repeat(3, 0).repeat(3, 1)), "resize_masks": True}, [M1]),
     "resized label map": ({"label_map": LABELS.repeat(2, 0).repeat(2, 1), "resize_masks": True}, [M1, M2]),
     # label maps
@@ -170,7 +188,7 @@ OUTPUT = {  # input: the masks that must come out
     # polygons
     "two regions of a ring": ({"masks": [[RING1], [RING2]]}, [M1, M2]),
     "rings as arrays": ({"masks": [np.array(RING1).reshape(-1, 2), np.array(RING2).reshape(-1, 2)]}, [M1, M2]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OUTPUT)
@@ -290,8 +308,12 @@ def transparent(kind):
         return reopened(Image.fromarray(M1), transparency=1), (0, 0, 0)
     if kind in ("RGBA", "RGBa", "LA", "La"):
         clear = with_alpha(np.full(SIZE, 90, np.uint8), 255 - GREY)
-        return {"RGBA": clear, "RGBa": clear.convert("RGBa"), "LA": clear.convert("LA"),
-                "La": clear.convert("LA").convert("La")}[kind], (90, 90, 90)  # fmt: skip
+        return {
+            "RGBA": clear,
+            "RGBa": clear.convert("RGBa"),
+            "LA": clear.convert("LA"),
+            "La": clear.convert("LA").convert("La"),
+        }[kind], (90, 90, 90)
     picture = palette(M1, [(200, 30, 30), (7, 7, 7)])
     return reopened(picture, "GIF" if kind == "GIF" else "PNG", transparency=1), (200, 30, 30)
 
@@ -401,9 +423,10 @@ def task(name, *results):
 SIZES = {"original_width": WIDTH, "original_height": HEIGHT}
 POLYGON = {"type": "polygonlabels", **SIZES, "value": {"points": percent(RING1), "polygonlabels": ["a"]}}
 RECTANGLE = {
-    "type": "rectanglelabels", **SIZES,
+    "type": "rectanglelabels",
+    **SIZES,
     "value": {"x": 35 / 0.6, "y": 25 / 0.4, "width": 23 / 0.6, "height": 13 / 0.4, "rotation": 0},
-}  # fmt: skip
+}
 BRUSH = {"type": "brushlabels", **SIZES, "value": {"format": "rle", "rle": brush(M2)}}
 CVAT = """<?xml version="1.0"?><annotations>
 <image id="0" name="folder/b.png" width="60" height="40"><box label="x" xtl="1" ytl="1" xbr="3" ybr="4"/></image>
@@ -428,14 +451,19 @@ FILES = {  # file name, contents, form: masks that must come out
     "LabelMe for boxes": ("a.json", labelme(), "boxes", [M1, M2]),
     "Label Studio": ("s.json", [task("b.png"), task("a.png", POLYGON, RECTANGLE)], "masks", [M1, M2]),
     "Label Studio, brush": ("s.json", [task("other.png", BRUSH)], "masks", [M2]),
-    "Label Studio, short export": ("s.json", [{"image": "/data/a.png", "label": [{**POLYGON["value"], **SIZES}]}], "masks", [M1]),
+    "Label Studio, short export": (
+        "s.json",
+        [{"image": "/data/a.png", "label": [{**POLYGON["value"], **SIZES}]}],
+        "masks",
+        [M1],
+    ),
     "Label Studio, nothing drawn": ("s.json", [task("a.png")], "masks", []),
     "CVAT": ("c.xml", CVAT, "masks", [M1, M2]),
     "YOLO segmentation": ("a.TXT", YOLO, "masks", [M1]),
     "YOLO boxes": ("a.txt", f"3 {20 / 60} {12.5 / 40} {20 / 60} {15 / 40}\n", "masks", [M1]),
     "YOLO for boxes": ("a.txt", YOLO, "boxes", [M1]),
     "YOLO, empty": ("a.txt", "", "masks", []),
-}  # fmt: skip
+}
 
 
 def written(folder, name, content, bom=b""):
@@ -457,20 +485,38 @@ def test_files_of_other_tools(case, bom, tmp_path):
 
 
 BAD_FILES = {
-    "COCO that lacks the image": ("c.json", {**TWO_IMAGES, "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "c.png"}]},
-                                  "is about 2 images"),
-    "COCO that has the name twice": ("c.json", {**TWO_IMAGES, "images": [{"id": 7, "file_name": "p/a.png"}, {"id": 8, "file_name": "q/a.png"}]},
-                                     "2 of them is named a.png"),
+    "COCO that lacks the image": (
+        "c.json",
+        {**TWO_IMAGES, "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "c.png"}]},
+        "is about 2 images",
+    ),
+    "COCO that has the name twice": (
+        "c.json",
+        {**TWO_IMAGES, "images": [{"id": 7, "file_name": "p/a.png"}, {"id": 8, "file_name": "q/a.png"}]},
+        "2 of them is named a.png",
+    ),
     "COCO without images": ("c.json", {"annotations": TWO_IMAGES["annotations"]}, "none of them is named a.png"),
     "JSON of 100,000 brackets": ("c.json", "[" * 100_000, "c.json is JSON nested too deeply"),
     "cut JSON": ("c.json", '{"annotations": [{"segm', "c.json is not JSON"),
     "JSON in another encoding": ("c.json", "\udcff", "c.json is not JSON"),
     "JSON with 5,000 digits": ("c.json", "[" + "9" * 5000 + "]", "c.json is not JSON"),
     "LabelMe of another size": ("a.json", labelme(imageHeight=80), "was drawn on an image of 80 x 60"),
-    "LabelMe with a line": ("a.json", labelme(shapes=[{"shape_type": "line", "points": [[1, 2], [3, 4]]}]), "a line, which is no region"),
+    "LabelMe with a line": (
+        "a.json",
+        labelme(shapes=[{"shape_type": "line", "points": [[1, 2], [3, 4]]}]),
+        "a line, which is no region",
+    ),
     "LabelMe without points": ("a.json", labelme(shapes=[{"label": "x"}]), "not laid out as its kind of file"),
-    "Label Studio by two people": ("s.json", [{**task("a.png"), "annotations": [{"result": [POLYGON]}] * 2}], "by several people"),
-    "Label Studio, cut brush": ("s.json", [task("a.png", {**BRUSH, "value": {"rle": brush(M2)[:20]}})], "its rle ends early"),
+    "Label Studio by two people": (
+        "s.json",
+        [{**task("a.png"), "annotations": [{"result": [POLYGON]}] * 2}],
+        "by several people",
+    ),
+    "Label Studio, cut brush": (
+        "s.json",
+        [task("a.png", {**BRUSH, "value": {"rle": brush(M2)[:20]}})],
+        "its rle ends early",
+    ),
     "CVAT without the image": ("c.xml", CVAT.replace("a.png", "c.png"), "is about 2 images"),
     "cut CVAT": ("c.xml", CVAT[:300], "c.xml is no XML"),
     "CVAT mask of another size": ("c.xml", CVAT.replace("0, 299", "0, 300"), "a mask of 300 pixels"),
@@ -478,7 +524,7 @@ BAD_FILES = {
     "YOLO in pixels": ("a.txt", "0 10 5 30 5 30 20\n", "a.txt, line 1 leaves [0, 1]"),
     "YOLO of three numbers": ("a.txt", "0 0.1 0.2 0.3\n", "has 3 coordinates"),
     "another suffix": ("a.csv", "", "masks may be"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
