@@ -224,7 +224,7 @@ def mutated_array(array: Any, dice: random.Random) -> Any:
         return array.T
     if kind == 1:
         return array[..., : dice.randrange(array.shape[-1] + 1)] if array.ndim else array
-    if kind == 2:
+    if kind == 2 and array.dtype.kind in "biuf":
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return array.astype(

@@ -12,6 +12,8 @@ Files about many images are searched for the image by its file name. What does n
 image is refused, and so is what is no region (points, lines).
 """
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -33,7 +35,10 @@ FORMS = ("masks", "boxes", "label_map")
 MASK_PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".tga", ".pcx", ".jp2", ".avif",
 )  # fmt: skip
-BAD_ARRAY = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, SyntaxError, TypeError, MemoryError)
+BAD_ARRAY = (  # what numpy raises at broken files
+    ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError, TypeError,
+    MemoryError, KeyError, OverflowError, NotImplementedError, struct.error,
+)  # fmt: skip
 
 
 def read_regions(path: Path, image: Path, size: tuple[int, int], form: str = "masks") -> Any:
@@ -68,6 +73,10 @@ def read_regions(path: Path, image: Path, size: tuple[int, int], form: str = "ma
         if form == "boxes" and isinstance(regions, list):
             return [_as_box(region, path, index) for index, region in enumerate(regions)]
         return regions
+    except ValueError as error:  # a number that is none
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not laid out as its kind of file is: {type(error).__name__}: {error}") from error
 
