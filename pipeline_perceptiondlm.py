@@ -160,7 +160,11 @@ class RegionCaptioningPipeline(Pipeline):
             went_through = went_through or len(results) > 0
             following = iter(results)
             for sample in batch:
-                yield next(following) if sample.error is None else self._note(sample)
+                if sample.error is None:
+                    yield next(following)
+                else:
+                    self._note(sample)
+                    yield None
 
     def _note(self, sample: PreparedSample) -> None:
         """Remember and report a sample that failed; its result is None."""

@@ -215,7 +215,7 @@ def _region_of_values(array: np.ndarray, frame: _Frame, name: str) -> Region | N
     given = array.shape
     while array.ndim > 2 and len(array) == 1:
         array = array[0]
-    if array.ndim == 3 and array.shape[2] == 1 and array.shape[:2] == frame.size_HW:
+    if array.shape == (*frame.size_HW, 1):
         array = array[..., 0]
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {array.dtype}; accepted: bool, integer, float")
@@ -309,7 +309,7 @@ def _mask_beside_alpha(clear: Image.Image, mode: str, name: str, threshold: int)
     grey = _grey(clear.convert("RGB"))
     told = [_two_valued(part, threshold)[0] for part in (grey, clear.getchannel("A")) if part is not None]
     found = [mask for mask in told if mask is not None and mask.any() and not mask.all()]
-    if not found or (len(found) == 2 and not np.array_equal(*found)):
+    if not found or not np.array_equal(found[0], found[-1]):
         what = "tell two different masks" if found else "tell no mask"
         accepted = "a mask in the colours or in the alpha, or the same in both"
         raise ValueError(f"{name} is an image of mode {mode} whose colours and alpha {what}; accepted: {accepted}")

@@ -98,7 +98,7 @@ def finished_requests(path: Path | None) -> set[str]:
             raise ValueError(f"{path}, line {row} is no JSON ({error}): delete it, or choose another file") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{path}, line {row} is no result of captioning: choose another file")
-        requests.add(entry.get("request"))
+        requests.add(str(entry.get("request")))
     return requests
 
 

@@ -220,11 +220,13 @@ def mutated_array(array: Any, dice: random.Random) -> Any:
     array = to_numpy(array)
     array = np.array(array)
     kind = dice.randrange(8)
+    if array.dtype.kind not in "biuf":
+        return array[:1] if array.ndim else array
     if kind == 0:
         return array.T
     if kind == 1:
         return array[..., : dice.randrange(array.shape[-1] + 1)] if array.ndim else array
-    if kind == 2 and array.dtype.kind in "biuf":
+    if kind == 2:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return array.astype(
@@ -247,7 +249,7 @@ def mutated_array(array: Any, dice: random.Random) -> Any:
         return array[(None,) * dice.randrange(1, 4)]
     if kind == 4:
         return array.tolist()
-    if kind == 5 and array.dtype.kind in "biuf" and array.dtype not in (np.uint16, np.uint32, np.uint64):
+    if kind == 5 and array.dtype not in (np.uint16, np.uint32, np.uint64):
         return torch.from_numpy(np.ascontiguousarray(array)).to(
             dice.choice((torch.bfloat16, torch.half, torch.int32, torch.bool, torch.uint8))
         )

@@ -120,8 +120,8 @@ def _as_box(region: Any, path: Path, index: int) -> Any:
             raise ValueError(f"{path}: region {index} is empty (0 pixels set); accepted: at least 1 pixel")
         return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
     if isinstance(region, list) and region and isinstance(region[0], list):
-        xs, ys = ([n for ring in region for n in ring[start::2]] for start in (0, 1))
-        return [min(xs), min(ys), max(xs), max(ys)]
+        across, down = ([n for ring in region for n in ring[start::2]] for start in (0, 1))
+        return [min(across), min(down), max(across), max(down)]
     return region
 
 

@@ -47,7 +47,8 @@ def _cvat_shape(shape: ElementTree.Element, name: str, image: ImageEntry) -> Any
         x0, y0, x1, y1 = numbers("xtl", "ytl", "xbr", "ybr")
         return [turned(corners(x0, y0, x1, y1), ((x0 + x1) / 2, (y0 + y1) / 2), angle)]
     if shape.tag == "ellipse":
-        return [ellipse(*numbers("cx", "cy", "rx", "ry"), angle, image.size)]
+        x, y, radius_x, radius_y = numbers("cx", "cy", "rx", "ry")
+        return [ellipse(x, y, radius_x, radius_y, angle, image.size)]
     if shape.tag == "mask":
         left, top, width, height = (int(number) for number in numbers("left", "top", "width", "height"))
         runs = [int(run) for run in shape.attrib["rle"].split(",")]
