@@ -1,6 +1,7 @@
 """The processor: batches as documented, tiling, prompts, coverage, answers, and what it refuses."""
 
 import re
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -671,3 +672,19 @@ def test_nearest_masks_ask_one_pixel_of_a_resized_picture(vision_config, tiny_pr
     thumbnail = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(found[-1], thumbnail[::step, ::step] != 255)
     assert 0 < found.mean() < 1
+
+
+@pytest.mark.parametrize("conditioning", ["replay", "vision"])
+def test_full_masks_of_run_lengths_are_never_in_memory(conditioning, replay, vision):
+    size = (2000, 3000)
+    image, mask = Image.new("RGB", size[::-1]), block(3000, 2000, 100, 50, 2900, 1900)
+    regions = [encoded(mask)] * 20
+    processor = {"replay": replay, "vision": vision}[conditioning]
+    tracemalloc.start()
+    try:
+        batch = processor(images=image, masks=regions)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert batch["num_regions"].sum() == 20
+    assert peak < 2 * mask.nbytes  # 20 masks would take 20 times mask.nbytes
