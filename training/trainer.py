@@ -159,8 +159,8 @@ def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
     Where the noise covers whole blocks (`supervise_markers`), a marker and a terminator belong to every answer of a
     region that has slots.
     """
-    supervised_AW, noise_AW = batch["labels"] != -100, batch["answer_noise"]
-    if extra := noise_AW.shape[1] - supervised_AW.shape[1]:
+    supervised_AW, masked_AW = batch["labels"] != -100, batch["answer_masked"]
+    if extra := masked_AW.shape[1] - supervised_AW.shape[1]:
         num_regions = batch["num_regions"]
         targets_B = num_regions.clamp(min=1)
         copies = len(supervised_AW) // int(targets_B.sum())
@@ -168,5 +168,5 @@ def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
         ends_A1 = marked_A[:, None]
         supervised_AW = torch.cat((ends_A1, supervised_AW, ends_A1.expand(-1, extra - 1)), dim=1)
     if weighting == "masked":
-        supervised_AW = supervised_AW & (noise_AW < batch["mask_probability"])
+        supervised_AW = supervised_AW & masked_AW
     return supervised_AW.sum()

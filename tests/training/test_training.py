@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoProcessor, Trainer
 from perceptiondlm.checkpoints.folder import export, newest_checkpoint
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.training.config import PARTS, load_run_config
+from perceptiondlm.training.data.noise import probability
 from perceptiondlm.training.modules import part_of
 from perceptiondlm.training.train import main, make_trainer, train
 from perceptiondlm.training.trainer import loss_items
@@ -152,8 +153,8 @@ def test_loss_by_noise_level_averages_to_the_loss(tmp_path):
     loss = trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], torch.device("cpu")))
     totals, counts = seen["levels"]
     assert float(totals.sum() / counts.sum()) == pytest.approx(float(loss), rel=1e-5)
-    quarter = (batch["mask_probability"] * 4).long().clamp(max=3)
-    supervised = (batch["labels"] != -100) & (batch["answer_noise"] < batch["mask_probability"])
+    quarter = (probability(batch["mask_probability"]) * 4).long().clamp(max=3)
+    supervised = (batch["labels"] != -100) & batch["answer_masked"]
     assert counts.tolist() == [int(supervised[quarter[:, 0] == level].sum()) for level in range(4)]
 
 
