@@ -1,11 +1,12 @@
 """Looking at the model while it trains: scores or loss on held-out samples, and pictures with its captions."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from perceptiondlm.common.drawing import annotate
 from perceptiondlm.evaluation.drawn_conversations import evaluate_conversations
@@ -16,6 +17,7 @@ from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig
 from perceptiondlm.training.data.mixture import build_mixture
 from perceptiondlm.training.modules import plain_model
+from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
 SCENE_SCORES = ("positive", "negative", "average", "recognition", "exact")
@@ -28,7 +30,7 @@ class HeldOutEvaluation(TrainerCallback):
     All processes take part, because each may hold only a share of the weights; the first one writes.
     """
 
-    def __init__(self, trainer: Trainer, run: RunConfig):
+    def __init__(self, trainer: PerceptionDLMTrainer, run: RunConfig):
         self.trainer, self.run = trainer, run
         self.source, self.settings = run.evaluation.source, run.evaluation
         processor, config = trainer.processing_class, plain_model(trainer.model).config
@@ -57,11 +59,10 @@ class HeldOutEvaluation(TrainerCallback):
         model, average = plain_model(self.trainer.model), self.trainer.average
         model.eval()
         try:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.trainer.args.bf16):
-                if average is None:
-                    return self.look(model, step)
-                with average.applied():
-                    return self.look(model, step)
+            bf16 = self.trainer.accelerator.mixed_precision == "bf16"
+            averaged = nullcontext() if average is None else average.applied()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), averaged, self.trainer.whole_weights():
+                return self.look(model, step)
         finally:
             model.train()
 

@@ -29,12 +29,13 @@ from perceptiondlm.training.data.mixture import build_dataset
 from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.planner import Machine, make_plan, show_plan
+from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
-# Differing from the HF Trainer: batches have keys of our own, and text-only batches leave the vision side unused.
-TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": True, "report_to": "none"}
+# Differing from the HF Trainer: batches have keys of our own; every parameter takes part in every pass.
+TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": False, "report_to": "none"}
 
 
 # What would break the order of samples, and why.
@@ -59,6 +60,7 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
                 "change trainer.per_device_train_batch_size"
             )
         settings["gradient_accumulation_steps"] = run.batch_size // share
+    refuse_sharding_on_cpu(settings.get("use_cpu", False))
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
@@ -119,20 +121,21 @@ def train(run: RunConfig) -> Path:
 def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
     """Write the finished checkpoint with its card, log, summary and curve."""
     trainer.measure()  # the steps after the last log
+    if trainer.average is not None:
+        trainer.average.use()
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
     if not trainer.is_world_process_zero():
         return
     summary = summarize(run, trainer)
-    if trainer.average is not None:
-        trainer.average.use()
     model = trainer.model
     if run.train.lora is not None:
         model.save_pretrained(Path(run.export_dir, "adapter"))
         model = model.merge_and_unload()
     model = plain_model(trainer.accelerator.unwrap_model(model))
-    export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
+    with own_class(model):
+        export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
     log = trainer.state.log_history
     content = {"config": dataclasses.asdict(run), "environment": summary["environment"], "log": log}
     write_json(Path(run.export_dir, "training_log.json"), content)
@@ -173,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, values in YAML syntax")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do, without data or weights")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         run = load_run_config(options.config, [*options.overrides, *(["resume=true"] if options.resume else [])])
         print(run.to_yaml())

@@ -16,6 +16,7 @@ from perceptiondlm.training.data.batches import POOL, LengthGroupedBatches
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
 from perceptiondlm.training.modules import parameter_groups
+from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
 
 
 class PerceptionDLMTrainer(Trainer):
@@ -32,12 +33,35 @@ class PerceptionDLMTrainer(Trainer):
         self.meter = Meter(self.args.device)
         self.average = None
         if run.train.ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "train.ema_decay needs whole weights on every process: leave it out with FSDP, DeepSpeed"
-                )
+            if self.is_deepspeed_enabled:
+                raise ValueError("train.ema_decay follows fp32 weights, which DeepSpeed hides: use FSDP2 or leave it out")
             self.average = MovingAverage(self.model, run.train.ema_decay)
             self.add_callback(self.average)
+
+    def create_accelerator_and_postprocess(self):
+        """Under FSDP2 the loss stays in fp32."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            if plugin.fsdp_version != 2:
+                raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}: see training/accelerate/node_fsdp2.yaml")
+            plugin.mixed_precision_policy = exact_policy(plugin.mixed_precision_policy)
+
+    def whole_weights(self):
+        """A context in which every process has the whole weights; all processes enter it together."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return whole_weights(self.model, plugin is None or plugin.reshard_after_forward)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            GradientGuard(self.model_wrapped, self._require_finite)
+        return prepared
+
+    def _prepare_input(self, data):
+        """Batches keep their precision: the model casts what it computes with, DeepSpeed would cast everything."""
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     # --- data and optimizer -------------------------------------------------------------------------------------------
 
@@ -79,8 +103,13 @@ class PerceptionDLMTrainer(Trainer):
         return self.accelerator.gather(torch.as_tensor(items, device=device)).sum().clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2."""
-        outputs = model(**inputs, loss_weighting=self.run.loss.weighting, num_items=num_items_in_batch)
+        """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2.
+
+        Every parameter takes part in every pass, so that processes which share weights run the same modules, and a step
+        is the same however it is spread: AdamW treats a gradient of zero unlike none.
+        """
+        settings = {"loss_weighting": self.run.loss.weighting, "use_all_parts": True}
+        outputs = model(**inputs, **settings, num_items=num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
@@ -97,7 +126,7 @@ class PerceptionDLMTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm; only fp16's loss scaling may see one that is no number."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and norm is not None:
             self._require_finite("gradient norm", float(norm))
         return norm
 
@@ -135,17 +164,20 @@ class PerceptionDLMTrainer(Trainer):
             raise OSError(f"checkpoint {folder} could not be written, older ones are intact: {error}") from error
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights (of adapters, what trains), two moments of what trains, its moving average."""
-        parameters = list(self.model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        moments = 0 if self.args.save_only_model else 8 * trained
-        weights = sum(p.nbytes for p in parameters if p.requires_grad or self.run.train.lora is None)
-        return weights + moments + (4 * trained if self.average else 0)
+        """Size of a checkpoint of this run."""
+        kind = "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else ""
+        adapters, average = self.run.train.lora is not None, self.average is not None
+        return checkpoint_bytes(self.model.parameters(), kind, self.args.save_only_model, adapters, average)
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.average is not None and self.args.should_save:
-            self.average.save(output_dir or self.args.output_dir)
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Weights as transformers saves them, and their moving average."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None:
+            self.average.save(output_dir or self.args.output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from miniature_runs import ROOT, command, launch, log_of, losses, miniature, weights, write_miniature
 from PIL import Image
 from pycocotools import mask as coco_mask
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, Trainer
 
 from perceptiondlm.checkpoints.folder import export, newest_checkpoint
@@ -30,27 +29,7 @@ from perceptiondlm.training.train import main, make_trainer, train
 from perceptiondlm.training.trainer import loss_items
 
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
-
-# A run of seconds: the recipe of the embedded default with everything small, and 11 samples, an odd number.
-MINIATURE = """
-export_dir: {folder}/final
-tokenizer: {{vocab_size: 512, scenes: 20}}
-data: {{sources: [{{kind: scenes, seed: 1, samples: 11, conversation_share: 0.3}}]}}
-loss: {{num_slots: 32, noise_copies: 2, weighting: masked}}
-evaluation: {{source: {{kind: scenes, seed: 2, samples: 1}}, steps: 0}}
-processor: {{max_tiles: 1}}
-model:
-  vision_feature_layer: -1
-  vision_config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-    image_size: 64, patch_size: 16, vision_use_head: false}}
-  text_config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-    num_key_value_heads: 2, max_position_embeddings: 512}}
-trainer: {{output_dir: {folder}, max_steps: 9, per_device_train_batch_size: 2, gradient_accumulation_steps: 2,
-  learning_rate: 0.003, use_cpu: true, logging_steps: 1, save_steps: 3, seed: 0, disable_tqdm: true}}
-"""
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -59,41 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_miniature(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "miniature.yaml"
-    path.write_text(MINIATURE.format(folder=folder))
-    return path
-
-
-def miniature(folder: Path, *overrides: str):
-    return load_run_config(write_miniature(folder), overrides)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """Run `accelerate launch` to its end, one thread per process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "training_log.json").read_text())["log"]
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in log_of(folder) if "loss" in row]
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
