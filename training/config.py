@@ -143,7 +143,10 @@ class RunConfig:
         processor: keyword arguments of `PerceptionDLMProcessor`.
         batch_size: samples of an optimizer step over all processes; sets `trainer.gradient_accumulation_steps`.
         export_dtype: storage of the finished weights, a torch dtype name.
-        resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one.
+        resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one, which must be of
+            this run: the same data, loss, model, rates and samples per step.
+        resume_with: names of settings that differ on purpose from the run that is continued, such as
+            `trainer.learning_rate`.
     """
 
     export_dir: str
@@ -161,6 +164,7 @@ class RunConfig:
     batch_size: int | None = None
     export_dtype: str = "float16"
     resume: bool = False
+    resume_with: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.trainer = check_trainer(self.trainer)
@@ -170,6 +174,8 @@ class RunConfig:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.init_from is None and self.preset is None and "text_config" not in self.model:
             raise ValueError("give init_from, preset or the sizes of a new model in model.text_config")
+        if self.resume_with and not self.resume:
+            raise ValueError(f"resume_with names {self.resume_with}, but resume is off: add --resume")
         if self.init_from is None and self.train.reset:
             raise ValueError("train.reset is for init_from: a model from nothing is fresh as a whole")
 

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from perceptiondlm.checkpoints.folder import export, newest_checkpoint, register_auto_classes
+from perceptiondlm.checkpoints.folder import export, register_auto_classes
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.training.card import plot_log, write_card
@@ -29,6 +29,7 @@ from perceptiondlm.training.data.mixture import build_dataset
 from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.planner import Machine, make_plan, show_plan
+from perceptiondlm.training.run_folder import claim_folder, leave_marks
 from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
@@ -81,8 +82,13 @@ def samples_per_step(arguments: TrainingArguments) -> int:
 
 
 def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
-    """Everything a run needs, ready to train: model, data, callbacks."""
+    """Everything a run needs, ready to train: model, data, callbacks, and the checkpoint it goes on from.
+
+    Raises:
+        ValueError: for settings that do not fit together, and for a folder of another run.
+    """
     arguments = trainer_arguments(run)
+    checkpoint = claim_folder(run, samples_per_step(arguments))
     set_seed(arguments.seed)
     register_auto_classes()
     model, processor = build_model(run)
@@ -94,10 +100,14 @@ def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
         data_collator=AnswerCollator.build(run.data, run.loss, processor, model.config),
         processing_class=processor,
         run=run,
+        checkpoint=checkpoint,
     )
     if run.train.lora and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("train.lora needs whole weights on every process: use plain data parallelism")
     trainer.add_callback(HeldOutEvaluation(trainer, run))
+    trainer.accelerator.wait_for_everyone()  # all have compared before one writes
+    if trainer.is_world_process_zero():
+        leave_marks(run, samples_per_step(arguments), arguments.world_size, environment(arguments.device))
     return trainer
 
 
@@ -107,10 +117,7 @@ def train(run: RunConfig) -> Path:
     if trainer.is_world_process_zero():
         counts = count_parameters(trainer.model)
         print("\n".join(f"{part}: {n['total']:,} parameters, {n['trained']:,} trained" for part, n in counts.items()))
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        Path(run.output_dir, "run.yaml").write_text(run.to_yaml())
-    last = newest_checkpoint(run.output_dir) if run.resume else None
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.train(resume_from_checkpoint=None if trainer.checkpoint is None else str(trainer.checkpoint))
     finish(run, trainer)
     # No process may leave before the others: the launcher would end them while the checkpoint is being written.
     trainer.accelerator.wait_for_everyone()

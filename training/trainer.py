@@ -19,16 +19,28 @@ from perceptiondlm.training.modules import parameter_groups
 from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
 
 
+# Settings that a checkpoint's optimizer remembers, and what they are called there.
+GROUP_SETTINGS = {
+    "trainer.learning_rate": ("initial_lr",),
+    "train.learning_rates": ("initial_lr",),
+    "trainer.weight_decay": ("weight_decay",),
+    "trainer.adam_beta1": ("betas",),
+    "trainer.adam_beta2": ("betas",),
+    "trainer.adam_epsilon": ("eps",),
+}
+
+
 class PerceptionDLMTrainer(Trainer):
     """HF Trainer with the masked-diffusion loss.
 
     Args:
         run: the configuration of the run.
+        checkpoint: where it goes on from, if it does.
     """
 
-    def __init__(self, *args, run: RunConfig, **kwargs):
+    def __init__(self, *args, run: RunConfig, checkpoint: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.checkpoint = run, checkpoint
         self.model_accepts_loss_kwargs = True  # the loss is divided by the items of all passes and processes
         self.meter = Meter(self.args.device)
         self.average = None
@@ -90,6 +102,18 @@ class PerceptionDLMTrainer(Trainer):
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """A checkpoint brings its rates and decays along: those that `resume_with` changes are the new ones."""
+        before = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = {key for name in self.run.resume_with for key in GROUP_SETTINGS.get(".".join(name.split(".")[:2]), ())}
+        if checkpoint is None or not changed:
+            return
+        for group, given in zip(self.optimizer.param_groups, before, strict=True):
+            group.update({key: given[key] for key in changed})
+        if "initial_lr" in changed:
+            set_rates(self.optimizer, self.lr_scheduler)
+
     # --- loss ---------------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -134,7 +158,8 @@ class PerceptionDLMTrainer(Trainer):
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {name} is {value} at step {self.state.global_step + 1}. The run stops before weights take it: "
-                "checkpoints up to here are good. Resume with a lower trainer.learning_rate or trainer.max_grad_norm"
+                "checkpoints up to here are good. Go on with a lower rate or less noise in it: --resume "
+                "resume_with='[trainer.learning_rate]' trainer.learning_rate=... (or trainer.max_grad_norm)"
             )
 
     # --- reporting ----------------------------------------------------------------------------------------------------
@@ -183,6 +208,16 @@ class PerceptionDLMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
+
+
+def set_rates(optimizer, schedule) -> None:
+    """Let a schedule go on from where it is with the groups' `initial_lr`."""
+    if not hasattr(schedule, "lr_lambdas"):
+        raise ValueError(f"{type(schedule).__name__} depends on its past: a run with it cannot go on at another rate")
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:

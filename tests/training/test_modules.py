@@ -59,7 +59,7 @@ def region_checkpoint(tiny_model, tiny_processor, tmp_path_factory):
 
 def make_run(base, folder, *overrides: str):
     folder.mkdir(exist_ok=True)
-    path = folder / "run.yaml"
+    path = folder / "config.yaml"
     path.write_text(RUN.format(base=base, folder=folder))
     return load_run_config(path, overrides)
 
