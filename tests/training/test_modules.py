@@ -162,6 +162,7 @@ def test_moving_average_follows_its_definition(tiny_model):
     model = tiny_model()
     model.vision_tower.requires_grad_(False)
     average = MovingAverage(model, decay=0.9)
+    average.start()
     weight = model.lm_head.weight
     expected, state = weight.detach().clone(), type("State", (), {"global_step": 0})()
     for step in range(5):
