@@ -27,12 +27,17 @@ def exact_policy(policy: MixedPrecisionPolicy | None) -> MixedPrecisionPolicy:
     return dataclasses.replace(policy, reduce_dtype=reduced, output_dtype=None, cast_forward_inputs=False)
 
 
+def sharding_asked() -> str | None:
+    """What the launcher asks accelerate for: "FSDP", "DEEPSPEED" or None."""
+    names = ("FSDP", "DEEPSPEED")
+    return next((name for name in names if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
+
+
 def refuse_sharding_on_cpu(use_cpu: bool) -> None:
     """Raise `ValueError` where FSDP or DeepSpeed is asked for and accelerate would silently train whole weights."""
-    asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"]
-    if use_cpu and asked:
+    if use_cpu and (asked := sharding_asked()):
         raise ValueError(
-            f"{asked[0]} does not run with trainer.use_cpu=true: accelerate would train whole weights on every process. "
+            f"{asked} does not run with trainer.use_cpu=true: accelerate would train whole weights on every process. "
             "On CPUs, launch with training/accelerate/two_cpu_processes.yaml"
         )
 

@@ -139,7 +139,7 @@ def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
     model = trainer.model
     if run.train.lora is not None:
         model.save_pretrained(Path(run.export_dir, "adapter"))
-        model = model.merge_and_unload()
+        model = merge_adapter(run, Path(run.export_dir, "adapter"), trainer.args.seed)
     model = plain_model(trainer.accelerator.unwrap_model(model))
     with own_class(model):
         export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
@@ -150,6 +150,15 @@ def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
         write_json(Path(folder, "summary.json"), summary)
     write_card(run, summary, regions=model.config.region_conditioning != "none")
     plot_log(log, Path(run.export_dir, "training_curve.png"))
+
+
+def merge_adapter(run: RunConfig, folder: Path, seed: int) -> torch.nn.Module:
+    """The model a run started from, as it is stored, with a trained adapter merged into it: quantizing leaves no trace."""
+    import peft
+
+    set_seed(seed)  # as in `make_trainer`: fresh parts are the same
+    model, _ = build_model(run, as_stored=True)
+    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
