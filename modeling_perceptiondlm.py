@@ -561,7 +561,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return self.projector(self.vision_tower(pixels, self.config.vision_feature_layer, addend))
 
     def run_idle_parts(self, embeds: torch.Tensor, no_images: bool, no_regions: bool) -> torch.Tensor:
-        """Embeddings unchanged, with a gradient of zero to what the batch leaves out: an empty tile or region is run."""
+        """Embeddings unchanged, with a gradient of zero to what a batch leaves out: an empty tile or region is run."""
         config, replays = self.config, self.config.region_conditioning == "replay"
         if not config.text_only and (no_images or (no_regions and config.region_conditioning == "vision")):
             side, patches = config.vision_config.image_size, config.patches_per_side

@@ -76,7 +76,7 @@ class TrainConfig:
         lora: train adapters instead of the language model; the other parts are trained as they are.
         ema_decay: keep a moving average of the weights with this decay per step, in (0, 1), and finish with it.
         frozen_weights: of `FROZEN`, how weights that do not train are held: `auto` as the checkpoint stores them where
-            that is bf16 and `trainer.bf16` is on, else fp32; `8bit` and `4bit` quantize the layers of the language model
+            that is bf16 and `trainer.bf16` is on, else fp32; `8bit` and `4bit` quantize the language model's layers
             (bitsandbytes) and are for adapters. What trains is held in fp32 in any case, and the finished checkpoint is
             merged into the weights as they are stored.
     """
@@ -102,7 +102,9 @@ class TrainConfig:
         if self.frozen_weights not in FROZEN:
             raise ValueError(f"train.frozen_weights must be one of {FROZEN}, got {self.frozen_weights!r}")
         if self.frozen_weights in QUANTIZED and not self.lora:
-            raise ValueError(f"train.frozen_weights {self.frozen_weights!r} cannot train but for adapters: add train.lora")
+            raise ValueError(
+                f"train.frozen_weights {self.frozen_weights!r} cannot train but for adapters: add train.lora"
+            )
 
 
 @dataclass

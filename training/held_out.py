@@ -61,7 +61,11 @@ class HeldOutEvaluation(TrainerCallback):
         try:
             bf16 = self.trainer.accelerator.mixed_precision == "bf16"
             averaged = nullcontext() if average is None else average.applied()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), averaged, self.trainer.whole_weights():
+            with (
+                torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+                averaged,
+                self.trainer.whole_weights(),
+            ):
                 return self.look(model, step)
         finally:
             model.train()

@@ -29,7 +29,9 @@ class Meter:
 
     def add(self, batch: dict[str, torch.Tensor], token_losses: torch.Tensor, masked: torch.Tensor) -> None:
         """Count a batch of the collator and its token losses (A, G), masked (A, G) bool."""
-        level = (probability(batch["mask_probability"]) * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        level = (
+            (probability(batch["mask_probability"]) * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        )
         self.loss.index_add_(0, level, token_losses.sum(dim=1, dtype=torch.float64))
         self.masked.index_add_(0, level, masked.sum(dim=1, dtype=torch.float64))
         self.counts += sizes(batch)

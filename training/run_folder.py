@@ -1,4 +1,4 @@
-"""A run folder belongs to one run: what may start in it, what may go on in it, and what a run leaves there to be known by.
+"""A run folder belongs to one run: what may start and go on in it, and what a run leaves there to be known by.
 
 `run.yaml` holds the configuration, `started.json` how many samples a step takes on how many processes, and where.
 """

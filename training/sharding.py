@@ -1,8 +1,8 @@
 """Weights that are spread over processes (FSDP2, ZeRO): what has to be different about them.
 
-    FSDP2   each process holds a slice of every parameter, a DTensor; layers are put together while they run
-    ZeRO-2  whole bf16 weights everywhere; gradients, fp32 weights and moments are spread
-    ZeRO-3  weights are spread, too
+FSDP2   each process holds a slice of every parameter, a DTensor; layers are put together while they run
+ZeRO-2  whole bf16 weights everywhere; gradients, fp32 weights and moments are spread
+ZeRO-3  weights are spread, too
 """
 
 import dataclasses

@@ -147,7 +147,9 @@ def loading_settings(held: str) -> dict[str, Any]:
     if held not in QUANTIZED:
         return {"dtype": getattr(torch, held)}
     if not is_bitsandbytes_available():
-        raise ImportError(f"train.frozen_weights {held!r} needs bitsandbytes: pip install 'perceptiondlm[quantization]'")
+        raise ImportError(
+            f"train.frozen_weights {held!r} needs bitsandbytes: pip install 'perceptiondlm[quantization]'"
+        )
     whole = [prefix.rstrip(".") for part in PARTS for prefix in PARTS[part] if prefix != "language_model."]
     if held == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)

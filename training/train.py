@@ -26,9 +26,10 @@ from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.data.batches import padding_report
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.mixture import build_dataset
+from perceptiondlm.training.footprint import Machine
 from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
-from perceptiondlm.training.planner import Machine, make_plan, show_plan
+from perceptiondlm.training.planner import make_plan, show_plan
 from perceptiondlm.training.run_folder import claim_folder, leave_marks
 from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
@@ -153,7 +154,7 @@ def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
 
 
 def merge_adapter(run: RunConfig, folder: Path, seed: int) -> torch.nn.Module:
-    """The model a run started from, as it is stored, with a trained adapter merged into it: quantizing leaves no trace."""
+    """The model a run started from, as it is stored, with a trained adapter merged: quantizing leaves no trace."""
     import peft
 
     set_seed(seed)  # as in `make_trainer`: fresh parts are the same

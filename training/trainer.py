@@ -46,7 +46,9 @@ class PerceptionDLMTrainer(Trainer):
         self.average = None
         if run.train.ema_decay is not None:
             if self.is_deepspeed_enabled:
-                raise ValueError("train.ema_decay follows fp32 weights, which DeepSpeed hides: use FSDP2 or leave it out")
+                raise ValueError(
+                    "train.ema_decay follows fp32 weights, which DeepSpeed hides: use FSDP2 or leave it out"
+                )
             self.average = MovingAverage(self.model, run.train.ema_decay)
             self.add_callback(self.average)
 
@@ -56,7 +58,9 @@ class PerceptionDLMTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             if plugin.fsdp_version != 2:
-                raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}: see training/accelerate/node_fsdp2.yaml")
+                raise ValueError(
+                    f"fsdp_version must be 2, got {plugin.fsdp_version}: see training/accelerate/node_fsdp2.yaml"
+                )
             plugin.mixed_precision_policy = exact_policy(plugin.mixed_precision_policy)
 
     def whole_weights(self):
@@ -106,7 +110,9 @@ class PerceptionDLMTrainer(Trainer):
         """A checkpoint brings its rates and decays along: those that `resume_with` changes are the new ones."""
         before = [dict(group) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        changed = {key for name in self.run.resume_with for key in GROUP_SETTINGS.get(".".join(name.split(".")[:2]), ())}
+        changed = {
+            key for name in self.run.resume_with for key in GROUP_SETTINGS.get(".".join(name.split(".")[:2]), ())
+        }
         if checkpoint is None or not changed:
             return
         for group, given in zip(self.optimizer.param_groups, before, strict=True):

@@ -1,4 +1,4 @@
-"""Asking a model behind a network many questions at once: threads, pace, retries, and stopping without losing answers."""
+"""Asking a model behind a network many questions at once: threads, pace, retries, and a stop that keeps answers."""
 
 import email.utils
 import logging
@@ -172,7 +172,7 @@ class Pace:
 
 
 def checked_text(text: Any, finish_reason: Any, reply: str) -> str:
-    """The text of an answer; raises `TryAgain` where a reply holds none, `JudgeError` where it was cut off before it."""
+    """The text of an answer; raises `TryAgain` where a reply holds none, `JudgeError` where it was cut off before."""
     thought = isinstance(text, str) and "<think>" in text and "</think>" not in text
     if (not text or thought) and finish_reason == "length":
         raise JudgeError("the judge used up its max_tokens before it answered; raise max_tokens or turn thinking off")

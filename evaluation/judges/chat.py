@@ -96,7 +96,7 @@ class ChatJudge(ABC):
         """
         return self._answers(self._prompts(requests))
 
-    def try_out(self, show_image: bool = False) -> None:  # noqa: B027: there may be nothing to try
+    def try_out(self, show_image: bool = False) -> None:  # noqa: B027
         """Find out cheaply whether the judge can be asked at all, before what it judges is made.
 
         Raises:

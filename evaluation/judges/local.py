@@ -68,7 +68,7 @@ class TransformersJudge(ChatJudge):
 
     def try_out(self, show_image: bool = False) -> None:
         """Load the tokenizer: the path is right, and it is a chat model's."""
-        self.tokenizer  # noqa: B018: read for the errors it raises
+        _ = self.tokenizer
 
     def _ask(self, prompts: Sequence[Prompt]) -> None:
         for start in tqdm(range(0, len(prompts), self.batch_size), desc="local judge", leave=False):

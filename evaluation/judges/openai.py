@@ -128,7 +128,7 @@ class OpenAIJudge(AskingJudge):
         self._adapting = threading.Lock()
 
     def report(self) -> dict[str, Any]:
-        """As `ChatJudge.report`; `adapted` holds the settings that the endpoint did not take, and what it got instead."""
+        """As `ChatJudge.report`; `adapted` holds the settings that the endpoint did not take, and what they became."""
         adapted = {name: ADAPTED[name] for name in self.settings if name in ADAPTED and name not in self._taken}
         return {**super().report(), **({"adapted": adapted} if adapted else {})}
 

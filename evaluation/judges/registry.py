@@ -71,7 +71,8 @@ def make_judge(spec: str, **options: Any) -> Judge:
     """A judge by name; see the module's table.
 
     Args:
-        spec: ``"rules"``, ``"openai:MODEL"``, ``"azure:DEPLOYMENT"``, ``"litellm:MODEL"``, ``"transformers:PATH"`` or ``"replay:FILE"``.
+        spec: ``"rules"``, ``"openai:MODEL"``, ``"azure:DEPLOYMENT"``, ``"litellm:MODEL"``, ``"transformers:PATH"`` or
+            ``"replay:FILE"``.
         options: keyword arguments of the judge: ``base_url`` for an endpoint, ``api_version`` for Azure; for both and
             for ``transformers``, those of `OpenAIJudge` and `TransformersJudge`, such as ``cache``, ``prices``,
             ``max_tokens``, ``concurrency``, ``requests_per_minute``, ``batch_size``.

@@ -247,7 +247,14 @@ def test_a_judge_that_cannot_be_asked_is_found_out_before_captioning(finished, t
     out = tmp_path / "out"
     with JudgeServer(stop_after=0, stop_reply=(401, refused)) as server:
         arguments = ["evaluate", "--dataset", str(finished / "benchmark"), "--judge", "openai:gpt-5.2", "--steps", "4"]
-        arguments += ["--base-url", server.base_url, "--judge-cache", str(tmp_path / "answers.jsonl"), "--out", str(out)]
+        arguments += [
+            "--base-url",
+            server.base_url,
+            "--judge-cache",
+            str(tmp_path / "answers.jsonl"),
+            "--out",
+            str(out),
+        ]
         assert main(arguments) == 2
         assert server.asked.total() == 1
     assert "refuses the key in OPENAI_API_KEY" in capsys.readouterr().err

@@ -304,14 +304,18 @@ def test_settings_that_a_model_does_not_take_are_renamed_or_left_out(tmp_path, c
     "error",
     [
         {"message": "max_tokens is too large: 300", "param": "max_tokens", "code": "invalid_value"},
-        {"message": "'logprobs' is not supported with this model", "param": "logprobs", "code": "unsupported_parameter"},
+        {
+            "message": "'logprobs' is not supported with this model",
+            "param": "logprobs",
+            "code": "unsupported_parameter",
+        },
         {"message": "This model does not support image inputs", "param": "messages", "code": None},
     ],
 )
 def test_other_refusals_stop_the_judge(tmp_path, error):
     with (
         ParticularServer({"messages": error}) as server,
-        pytest.raises(JudgeError, match="refuses the request .*HTTP 400"),
+        pytest.raises(JudgeError, match=r"refuses the request .*HTTP 400"),
     ):
         _judge(server, tmp_path)([_request()])
     assert server.asked["refused"] == 1
@@ -348,7 +352,7 @@ def test_another_provider_by_way_of_litellm(tmp_path, clean_score, monkeypatch):
     options["cache"] = tmp_path / "other.jsonl"
     with (
         JudgeServer(stop_after=0, stop_reply=(401, {"error": {"message": "wrong key"}})) as server,
-        pytest.raises(JudgeError, match="refuses the key .*wrong key"),
+        pytest.raises(JudgeError, match=r"refuses the key .*wrong key"),
     ):
         make_judge("litellm:openai/fake", base_url=server.base_url, **options)([_request()])
     assert server.asked.total() == 1

@@ -1,7 +1,7 @@
 """Run training/train.py under FSDP2 on a CPU mesh.
 
-accelerate chooses FSDP for accelerators alone; on CPUs it would train whole weights. This program tells it, after it has
-made up its mind, that it is FSDP2 that is wanted. Everything after that is what a run on GPUs does: accelerate's own
+accelerate chooses FSDP for accelerators alone; on CPUs it would train whole weights. This program tells it, once it has
+chosen, that FSDP2 is wanted. Everything after that is what a run on GPUs does: accelerate's own
 preparation, torch's `fully_shard`, the trainer, evaluation and saving.
 """
 

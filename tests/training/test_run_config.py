@@ -9,7 +9,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from perceptiondlm.scripts.cli import main as command
 from perceptiondlm.training.config import RunConfig, load_run_config
-from perceptiondlm.training.planner import Machine, make_plan
+from perceptiondlm.training.footprint import Machine
+from perceptiondlm.training.planner import make_plan
 from perceptiondlm.training.train import main as train_command
 from perceptiondlm.training.train import trainer_arguments
 

@@ -1,4 +1,4 @@
-"""A run folder belongs to one run: starting beside checkpoints, going on with other settings, and changes on purpose."""
+"""A run folder belongs to one run: starts beside checkpoints, other settings on resuming, and changes on purpose."""
 
 import json
 
@@ -55,7 +55,9 @@ def test_a_start_beside_checkpoints_is_refused_before_anything_is_touched(finish
     ],
 )
 def test_going_on_as_another_run_is_refused_by_name(finished_run, override, message):
-    run = miniature(finished_run, *([] if "max_steps" in override else ["trainer.max_steps=6"]), override, "resume=true")
+    run = miniature(
+        finished_run, *([] if "max_steps" in override else ["trainer.max_steps=6"]), override, "resume=true"
+    )
     before = (finished_run / "run.yaml").read_text()
     with pytest.raises(ValueError, match="belongs to another run") as refused:
         make_trainer(run)

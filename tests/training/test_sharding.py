@@ -54,7 +54,7 @@ def sharded(folder: Path, *settings: str) -> str:
 
 
 def test_two_processes_that_share_weights_are_one_process(tmp_path):
-    """Step, evaluation with generation, moving average, checkpoint, export, and resuming from the sharded checkpoint."""
+    """Step, evaluation with generation, moving average, checkpoint, export, and resuming from sharded weights."""
     one, two = tmp_path / "one", tmp_path / "two"
     sources = text_alone(tmp_path / "set")
     train(miniature(one, *SETTINGS, sources, "trainer.gradient_accumulation_steps=4"))
@@ -110,7 +110,9 @@ def test_no_cast_of_a_batch_changes_its_noise(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("conditioning", ["replay", "vision"])
 def test_idle_parts_change_nothing_and_every_parameter_gets_a_gradient(tmp_path, conditioning):
-    trainer = make_trainer(miniature(tmp_path, text_alone(tmp_path / "set"), f"model.region_conditioning={conditioning}"))
+    trainer = make_trainer(
+        miniature(tmp_path, text_alone(tmp_path / "set"), f"model.region_conditioning={conditioning}")
+    )
     model = trainer.model
     batch = trainer.data_collator([trainer.train_dataset[len(trainer.train_dataset) - 1]])
     assert "pixel_values" not in batch
@@ -166,7 +168,7 @@ def test_a_gradient_that_is_no_number_is_noticed_before_deepspeed_steps():
 
 def test_sharding_that_would_not_happen_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP does not run with trainer.use_cpu=true"):
+    with pytest.raises(ValueError, match=r"FSDP does not run with trainer\.use_cpu=true"):
         make_trainer(miniature(tmp_path))
 
 

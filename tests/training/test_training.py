@@ -31,6 +31,7 @@ from perceptiondlm.training.trainer import loss_items
 
 CONFIGS = ROOT / "training" / "configs"
 
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny models run fastest on one thread, and subprocesses share the machine."""

@@ -36,7 +36,7 @@ def stratified_noise(
 
 
 def probability_bits(p: torch.Tensor) -> torch.Tensor:
-    """Probabilities (A, 1) as the bits of fp32 in int32: mixed precision, which casts floating inputs, leaves it alone."""
+    """Probabilities (A, 1) as the bits of fp32 in int32, which mixed precision does not cast as it does floats."""
     return p.float().view(torch.int32)
 
 
