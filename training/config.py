@@ -113,13 +113,16 @@ class EvaluationConfig:
 
     Args:
         source: held-out samples: drawn `scenes` (scored by the protocol of ParaDLC-Bench), `scene_conversations` (share
-            of answers exactly right), or a set on disk (held-out loss).
+            of answers exactly right), or a set on disk (held-out loss; of regions, also how many words of the captions
+            are right).
+        at_start: look before the first step, too.
         pictures: of the held-out samples with regions, how many are drawn with their captions.
     """
 
     source: SourceConfig = field(default_factory=lambda: SourceConfig("scenes", samples=24, seed=2))
     steps: int = 500
     pictures: int = 2
+    at_start: bool = False
 
     def __post_init__(self):
         if self.source.samples is None or self.source.streaming:

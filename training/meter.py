@@ -36,6 +36,10 @@ class Meter:
         self.masked.index_add_(0, level, masked.sum(dim=1, dtype=torch.float64))
         self.counts += sizes(batch)
 
+    def restart(self) -> None:
+        """Leave the time so far out of the speed."""
+        self.start = time.perf_counter()
+
     def pause(self, seconds: float) -> None:
         """Leave time that was not training out of the speed."""
         self.start += seconds

@@ -176,6 +176,9 @@ def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
         "loss": losses[-1]["loss"] if losses else log[-1]["train_loss"],
         "loss_by_noise": {k: v for k, v in losses[-1].items() if k.startswith("loss_noise_")} if losses else {},
         "scores": {k: v for k, v in scores[-1].items() if k not in bookkeeping} if scores else {},
+        "scores_before": {k: v for k, v in scores[0].items() if k not in bookkeeping}
+        if run.evaluation.at_start
+        else {},
         "speed": trainer.meter.summary(),
         "parameters": count_parameters(trainer.model),
         "data": dataset.report,

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 from perceptiondlm.checkpoints.folder import export
 from perceptiondlm.drawn.scenes import draw_scene
@@ -195,12 +195,11 @@ def test_a_run_finishes_with_its_moving_average(tmp_path, region_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def bf16_checkpoint(region_checkpoint, tmp_path_factory):
-    """The same model stored in bf16, as the published ones are."""
+def bf16_checkpoint(tiny_model, tiny_processor, tmp_path_factory):
+    """A region model stored in bf16, as the published ones are, of widths that bitsandbytes takes on CPUs."""
     folder = tmp_path_factory.mktemp("bf16")
-    model = AutoModel.from_pretrained(region_checkpoint, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(region_checkpoint, trust_remote_code=True)
-    export(model, processor, folder, torch.bfloat16)
+    model = tiny_model(text_config={"hidden_size": 64, "intermediate_size": 128})
+    export(model, tiny_processor(model, max_tiles=1), folder, torch.bfloat16)
     return folder
 
 
