@@ -10,8 +10,17 @@ from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.footprint import Sequence, flop_per_sample, planned_config, planned_sequence
-from perceptiondlm.training.modules import count_parameters, prepare_parts
+from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.start import changed
+
+
+IDS = {
+    "image_token_id": 0,
+    "mask_token_id": 1,
+    "end_of_text_token_id": 2,
+    "end_of_turn_token_id": 3,
+    "newline_token_id": 4,
+}
 
 
 @dataclass
@@ -43,7 +52,8 @@ def calibrate(run: RunConfig, device: torch.device, layers: int = 2, passes: int
         model = prepare_parts(PerceptionDLMForConditionalGeneration(config), run.train).train()
         batch = synthetic_batch(config, sequence)
     if run.trainer.get("gradient_checkpointing"):
-        model.gradient_checkpointing_enable()
+        plain_model(model).gradient_checkpointing_enable()
+        plain_model(model).disable_input_require_grads()  # as the trainer does
     seconds = []
     for _ in tqdm(range(passes + 1), desc="measuring", leave=False):
         start = now(device)
@@ -56,20 +66,18 @@ def calibrate(run: RunConfig, device: torch.device, layers: int = 2, passes: int
 
 
 def slice_of(config: PerceptionDLMConfig, layers: int) -> PerceptionDLMConfig:
-    """The config with at most so many layers run on each side."""
+    """The config with at most so many layers run on each side, and ids that a vocabulary of any size has."""
     skipped = -1 - config.vision_feature_layer  # behind the features, never run
     depths = {
         "text_config": {"num_hidden_layers": min(layers, config.text_config.num_hidden_layers)},
         "vision_config": {"num_hidden_layers": min(layers + skipped, config.vision_config.num_hidden_layers)},
     }
-    return PerceptionDLMConfig.from_dict(changed(config.to_dict(), depths))
+    return PerceptionDLMConfig.from_dict(changed(config.to_dict(), {**depths, **IDS}))
 
 
 def synthetic_batch(config: PerceptionDLMConfig, sequence: Sequence) -> dict[str, torch.Tensor]:
     """One row of single-tile images, text and an answer, as many tokens of each as the sequence says."""
-    side, vocabulary = config.vision_config.image_size, config.text_config.vocab_size
-    special = {config.image_token_id, config.mask_token_id, config.text_config.pad_token_id}
-    word = next(number for number in range(vocabulary) if number not in special)
+    side, word = config.vision_config.image_size, len(IDS)
     ids = torch.full((1, sequence.image + sequence.text), word)
     ids[0, : sequence.image] = config.image_token_id
     return {

@@ -15,7 +15,7 @@ from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data.batches import POOL, LengthGroupedBatches
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
-from perceptiondlm.training.modules import parameter_groups
+from perceptiondlm.training.modules import parameter_groups, plain_model
 from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
 
 
@@ -69,7 +69,13 @@ class PerceptionDLMTrainer(Trainer):
         return whole_weights(self.model, plugin is None or plugin.reshard_after_forward)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there."""
+        """What transformers prepares, but for two things.
+
+        With checkpointing it lets gradients flow into every embedding, hence through a frozen vision tower, for nothing.
+        DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there.
+        """
+        if self.args.gradient_checkpointing:
+            plain_model(self.model).disable_input_require_grads()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled:
             GradientGuard(self.model_wrapped, self._require_finite)

@@ -124,6 +124,17 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     assert losses(tmp_path / "plain" / "final") == pytest.approx(losses(tmp_path / "checkpointed" / "final"), abs=1e-5)
 
 
+def test_checkpointing_leaves_a_frozen_vision_tower_without_gradients(tmp_path):
+    """transformers would let gradients flow through it, which cost its backward pass and its activations."""
+    settings = ["train.parts=[projector, language_model]", "trainer.gradient_checkpointing=true", "trainer.max_steps=1"]
+    trainer = make_trainer(miniature(tmp_path, *settings))
+    seen = []
+    trainer.model.vision_tower.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    trainer.train()
+    assert seen
+    assert not any(seen)
+
+
 # --- interruption and distribution ----------------------------------------------------------------------------------
 
 
