@@ -71,11 +71,13 @@ class PerceptionDLMTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """What transformers prepares, but for two things.
 
-        With checkpointing it lets gradients flow into every embedding, hence through a frozen vision tower, for nothing.
+        With checkpointing it lets gradients flow into every embedding, hence through a frozen vision tower, in vain.
         DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there.
         """
-        if self.args.gradient_checkpointing:
-            plain_model(self.model).disable_input_require_grads()
+        model = plain_model(self.model)
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if getattr(model, "_require_grads_hooks", None) and not reentrant:
+            model.disable_input_require_grads()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled:
             GradientGuard(self.model_wrapped, self._require_finite)

@@ -142,11 +142,11 @@ class OpenAIJudge(AskingJudge):
                 raise TryAgain(f"{type(error).__name__}: {error}") from error
             if reply.status_code == 200:
                 return _read_answer(reply)
-            error = _error_of(reply)
-            if reply.status_code != 400 or not self._adapt(sent, error):
-                said = f"HTTP {reply.status_code}: {error.message}"
+            wrong = _error_of(reply)
+            if reply.status_code != 400 or not self._adapt(sent, wrong):
+                said = f"HTTP {reply.status_code}: {wrong.message}"
                 pause = retry_after(reply.headers.get("Retry-After", ""))
-                raise refusal(reply.status_code, error.code, said, self.place, self.endpoint.key_name, pause)
+                raise refusal(reply.status_code, wrong.code, said, self.place, self.endpoint.key_name, pause)
 
     def _adapt(self, sent: Mapping[str, Any], error: "_Error") -> bool:
         """Whether the request is to be sent again with other settings, since the model does not take one of `sent`."""
