@@ -44,18 +44,14 @@ def refuse_sharding_on_cpu(use_cpu: bool) -> None:
 
 @contextmanager
 def whole_weights(model: nn.Module, reshard: bool = True) -> Iterator[None]:
-    """Every process has the whole weights inside this context, so that any method of the model may read them.
+    """Every process has an FSDP2 model's whole weights inside this context, so that any method of it may read them.
+
+    ZeRO-3 fetches the weights of a layer whenever it is called, by whatever method.
 
     Args:
         reshard: whether layers of an FSDP2 model give up their weights after their forward pass in training.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            yield
-        return
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

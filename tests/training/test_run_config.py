@@ -130,6 +130,8 @@ def test_accelerate_configurations_are_read_and_name_layers_that_exist(path, tin
     assert {name for name in layers.split(",") if name} <= classes
     stage = (config.deepspeed_config or {}).get("zero_stage")
     assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
+    clipping = (config.deepspeed_config or {}).get("gradient_clipping")
+    assert clipping == ("auto" if "zero" in path.stem else None)  # trainer.max_grad_norm, as elsewhere
 
 
 def test_a_run_needs_somewhere_to_start():
