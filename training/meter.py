@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from perceptiondlm.training.data.noise import probability
+
 
 NOISE_BINS = ("0-25", "25-50", "50-75", "75-100")  # percent of tokens masked, by expectation
 
@@ -27,10 +29,16 @@ class Meter:
 
     def add(self, batch: dict[str, torch.Tensor], token_losses: torch.Tensor, masked: torch.Tensor) -> None:
         """Count a batch of the collator and its token losses (A, G), masked (A, G) bool."""
-        level = (batch["mask_probability"] * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        level = (
+            (probability(batch["mask_probability"]) * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        )
         self.loss.index_add_(0, level, token_losses.sum(dim=1, dtype=torch.float64))
         self.masked.index_add_(0, level, masked.sum(dim=1, dtype=torch.float64))
         self.counts += sizes(batch)
+
+    def restart(self) -> None:
+        """Leave the time so far out of the speed."""
+        self.start = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not training out of the speed."""

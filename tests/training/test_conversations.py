@@ -163,7 +163,7 @@ def test_answers_take_whole_multiples_of_slots(build, base, tmp_path):
     assert together["labels"].shape == (2, -(-(tokens + 1) // 8) * 8)
     assert (together["labels"][0, 8:] == -100).all()
     assert torch.equal(together["labels"][:1, :8], alone["labels"])
-    assert torch.equal(together["answer_noise"][:1, :8], alone["answer_noise"])
+    assert torch.equal(together["answer_masked"][:1, :8], alone["answer_noise"])
 
 
 def test_a_batch_has_the_losses_of_its_samples(build, base, tiny_model, tmp_path):
@@ -275,7 +275,7 @@ def test_markers_models_train_answers_of_their_own_length(tiny_model, tiny_proce
     batch = AnswerCollator.build(data, loss, processor, model.config)([dataset[0], dataset[1]])
     texts = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert texts == ["two<|eot_id|>", "a red one and a blue one<|eot_id|>"]
-    assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
+    assert batch["answer_masked"].shape[1] == batch["labels"].shape[1] + 2
     assert torch.isfinite(model(**batch).loss)
 
 

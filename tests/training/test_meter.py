@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perceptiondlm.training.data.noise import probability_bits
 from perceptiondlm.training.meter import Meter, sizes
 
 
@@ -15,7 +16,7 @@ def make_batch() -> dict[str, torch.Tensor]:
         "num_regions": torch.tensor([2, 0]),
         "tile_grids": torch.tensor([[1, 1]]),
         "labels": labels,
-        "mask_probability": torch.tensor([0.1, 0.9, 0.3, 0.7, 0.6, 0.4])[:, None],
+        "mask_probability": probability_bits(torch.tensor([0.1, 0.9, 0.3, 0.7, 0.6, 0.4])[:, None]),
     }
 
 

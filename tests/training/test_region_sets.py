@@ -162,7 +162,7 @@ def test_released_order_takes_answers_along(build, tmp_path):
     assert areas == sorted(areas, reverse=True)
     assert texts == ["a red 1", "a red 0"]  # no end of turn: the model ends every block
     assert len(set(batch["mask_probability"].flatten().tolist())) == 1
-    assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
+    assert batch["answer_masked"].shape[1] == batch["labels"].shape[1] + 2
 
 
 def test_what_a_sample_adds_to_a_batch_does_not_depend_on_the_others(build, tiny_model, tmp_path):

@@ -17,7 +17,7 @@ from perceptiondlm.training.data.batches import LengthGroupedBatches, grouped_ba
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_dataset
-from perceptiondlm.training.data.noise import stratified_noise
+from perceptiondlm.training.data.noise import probability, stratified_noise
 from perceptiondlm.training.train import trainer_arguments
 
 
@@ -124,11 +124,11 @@ def test_the_embedded_recipe_still_makes_the_batches_it_was_trained_on(tiny_mode
         indices = list(order)
         digest.update(np.array(indices).tobytes())
         batch = collator([dataset[index] for index in indices[:8]])
-        for name in ("input_ids", "labels", "region_boxes", "mask_probability", "answer_noise"):
+        for name in ("input_ids", "labels", "region_boxes", "mask_probability", "answer_masked"):
             digest.update(batch[name].numpy().tobytes())
         normalised = (batch["pixel_values"].float() / 255 - 0.5) / 0.5
         digest.update((normalised * 127.5).round().to(torch.int16).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "9c6a323989806130"
+    assert digest.hexdigest()[:16] == "5f701eb7eb4565d0"
 
 
 # --- mixtures -----------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_repeats_of_a_record_have_noise_of_their_own(build, tmp_path):
     path.write_text(json.dumps(record))
     draw_scene(0, 0).image.resize((8, 8)).save(tmp_path / "a.png")
     dataset, collator = build([{"kind": "regions", "path": str(path), "samples": 3}])
-    noise = collator([dataset[i] for i in range(3)])["answer_noise"]
+    noise = collator([dataset[i] for i in range(3)])["answer_masked"]
     assert len(noise) == 6
     assert len({tuple(row) for row in noise[::2].tolist()}) == 3
 
@@ -309,9 +309,8 @@ def test_loss_is_equation_2_spelled_out(build, tiny_model):
                 prompt = collator.processor(images=sample["image"], masks=[mask])
                 for _ in range(2):  # antithetic copies
                     clean = [int(token) for token in batch["labels"][row] if token != -100]
-                    p = float(batch["mask_probability"][row])
-                    draws = batch["answer_noise"][row].tolist()
-                    hidden = [draws[i] < p for i in range(len(clean))]
+                    p = float(probability(batch["mask_probability"])[row])
+                    hidden = batch["answer_masked"][row].tolist()[: len(clean)]
                     noised = [model.config.mask_token_id if h else x for h, x in zip(hidden, clean, strict=True)]
                     scores = model(**prompt, answer_ids=torch.tensor([noised])).logits[0].double()
                     for i, token in enumerate(clean):
