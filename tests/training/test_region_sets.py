@@ -189,7 +189,7 @@ BAD_RECORDS = {
     "an empty mask": ({**flat(1), "mask_rles": [EMPTY]}, "is empty"),
     "an empty caption": ({**flat(1), "captions": [" "]}, "caption 0 is empty"),
     "a caption too few": ({**flat(2), "captions": ["a cat"]}, "2 masks for 1 captions"),
-    "a caption that is no text": ({**flat(1), "captions": [3]}, "a caption is 3"),
+    "a caption that is no text": ({**flat(1), "captions": [3]}, "caption 0 is 3"),
     "another size": ({**flat(1), "mask_rles": [{**rle(0), "size": [4, 4]}]}, "4 x 4"),
     "wrong keys": ({"picture": "a.png", "mask": rle(0)}, "mask_rles and captions"),
     "no annotations": ({"image": "a.png", "annotations": None}, "or no masks"),
@@ -234,7 +234,7 @@ def test_long_captions_are_cut_and_crowded_images_left_out(build, tmp_path):
     dataset, collator = build(tmp_path / "set.jsonl")
     marked = [8 + 1, 3 * (8 + 1)]  # slots and marker of every caption
     lengths = [collator([dataset[i]])["input_ids"].shape[1] + marked[i] for i in range(2)]
-    assert dataset.lengths == lengths
+    assert dataset.lengths.tolist() == lengths
     dataset, collator = build(tmp_path / "set.jsonl", max_length=lengths[1] - 1)
     assert (dataset.report[0]["cut"], dataset.report[0]["too_long"], len(dataset)) == (1, 1, 1)
     batch = collator([dataset[0]])
