@@ -224,7 +224,7 @@ def test_processes_share_the_batches_of_one(count, world_size):
 def test_two_real_processes_lose_and_repeat_nothing(tmp_path):
     """23 samples in batches of 4 on two processes, three epochs, the last one resumed in the middle."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, str(ROOT / "tests" / "deal_samples.py"), str(tmp_path)]
+    command = [*launch, str(ROOT / "tests" / "training" / "deal_samples.py"), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     (world, first), (_, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

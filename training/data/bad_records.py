@@ -99,27 +99,29 @@ class Tally:
         self.counts = folder / COUNTS / run_id
         self.file = self.counts / f"{reader}.json"
         self.own: dict[str, list[int]] = read_json(self.file) if self.file.exists() else {}
+        self.last: dict[str, str] = {}
 
-    def add(self, name: str, read: int, bad: dict[str, str], total: int, limit: float) -> None:
-        """Count some of a source's `total` records, the bad ones by place with what is wrong with them; may raise as
-        `require_good` does.
+    def add(self, name: str, read: int, bad: dict[str, str], total: int, limit: float, judge: bool = False) -> None:
+        """Count some of a source's `total` records, the bad ones by place with what is wrong with them.
+
+        Where some are bad, or to `judge` all the same, `require_good` is asked.
         """
         own = self.own.setdefault(name, [0, 0])
         own[0] += read
         own[1] += len(bad)
         for place, error in bad.items():
-            logger.warning("bad record skipped: %s: %s", place, error)
+            self.last[name] = f"{place}: {error}"
+            logger.warning("bad record skipped: %s", self.last[name])
         if bad:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a", encoding="utf-8") as stream:
-                stream.writelines(
-                    json.dumps({"name": name, "place": place, "error": error}) + "\n" for place, error in bad.items()
-                )
+            entries = ({"name": name, "place": place, "error": error} for place, error in bad.items())
+            with open(self.log, "a", encoding="utf-8") as stream:  # a line break first: a killed process leaves half
+                stream.writelines(f"\n{json.dumps(entry)}\n" for entry in entries)
         write_json(self.file, self.own)
-        if bad:
+        if bad or judge:
             counts = [content.get(name, (0, 0)) for content in map(read_json, self.counts.glob("[!.]*.json"))]
             all_read, all_bad = (sum(column) for column in zip(*counts, strict=True))
-            require_good(name, all_bad, all_read, total, limit, ": ".join(list(bad.items())[-1]))
+            require_good(name, all_bad, all_read, total, limit, self.last.get(name, f"see {self.log}"))
 
 
 def logged(log: Path) -> list[dict[str, Any]]:

@@ -169,15 +169,16 @@ class StreamingDataset(Dataset):
                 bad[f"{files[file]}, row {row}"] = str(error)
             else:
                 found += [Waiting(length, content, seed, settings) for length in lengths]
-        self._count(settings, stop - start, bad, len(self.groups[number]))
+        self._count(number, stop - start, bad, judge=stop == self._run(number, lane)[1])
         return found
 
-    def _count(self, settings: SourceConfig, read: int, bad: dict[str, str], total: int) -> None:
+    def _count(self, number: int, read: int, bad: dict[str, str], judge: bool) -> None:
         if self._tally is None:
             worker = get_worker_info()
             reader = f"{os.environ.get('RANK', '0')}-{worker.id if worker else 'main'}"
             self._tally = Tally(self.cache_dir, self.run_id, reader)
-        self._tally.add(settings.name, read, bad, total, self.data.max_bad_share)
+        name, total = self.data.sources[number].name, len(self.groups[number])
+        self._tally.add(name, read, bad, total, self.data.max_bad_share, judge)
 
     def _rows(self, number: int, lane: int, start: int, stop: int) -> Iterator[tuple[int, int, int, Any]]:
         """Pass, file, row and content of a run of the endless sequence of a source's passes."""
