@@ -20,7 +20,7 @@ from perceptiondlm.training.data import bad_records
 from perceptiondlm.training.data.bad_records import Tally, surely_exceeds
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_dataset
-from perceptiondlm.training.data.streaming import LANES, POOL, StreamOrder, hub_files
+from perceptiondlm.training.data.streaming import POOL, StreamOrder, hub_files
 
 
 def write(path: Path, names: list[str], row_group_size: int | None = None, images=None) -> None:

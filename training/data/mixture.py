@@ -9,7 +9,7 @@ import hashlib
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,8 +26,8 @@ from perceptiondlm.training.data.processes import Peers, local_cores, of_everyon
 from perceptiondlm.training.data.region_sets import RegionSource
 from perceptiondlm.training.data.scene_sources import SceneSource
 from perceptiondlm.training.data.sources import AnswerFormat, Source
-from perceptiondlm.training.data.streaming import StreamingDataset
-from perceptiondlm.training.data.survey import Survey, Work, load_survey, look, merge, plan_work, warn
+from perceptiondlm.training.data.streaming import StreamedRows, StreamingDataset
+from perceptiondlm.training.data.survey import SourceReport, Work, load_survey, look, merge, plan_work, warn
 
 
 class Part:
@@ -35,14 +35,18 @@ class Part:
 
     Args:
         source: of the records.
-        records: which of them were looked at, ascending; None for all.
-        survey: what was found.
+        work: the survey of those that are taken, which is done.
         rounds: how often they are all taken, with a repeat number each.
-        extra: places in `records` that are taken once more.
+        extra: places among them that are taken once more.
+
+    Raises:
+        ValueError: when too many records are bad.
     """
 
-    def __init__(self, source: Source, records: np.ndarray | None, survey: Survey, rounds: int, extra: np.ndarray):
-        self.source, self.records, self.survey, self.rounds, self.extra = source, records, survey, rounds, extra
+    def __init__(self, source: Source, work: Work, rounds: int, extra: np.ndarray):
+        self.source, self.records, self.rounds, self.extra = source, work.records, rounds, extra
+        self.survey = survey = load_survey(work)
+        source.dropped = survey.dropped
         self.extra_ends = np.cumsum(survey.ends[extra] - self._starts(extra))
 
     def _starts(self, places: np.ndarray) -> np.ndarray:
@@ -51,6 +55,11 @@ class Part:
 
     def __len__(self) -> int:
         return self.rounds * len(self.survey.lengths) + (int(self.extra_ends[-1]) if len(self.extra) else 0)
+
+    @property
+    def report(self) -> SourceReport:
+        """What was found, with the samples of an epoch."""
+        return replace(self.survey.report, samples=len(self))
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sample."""
@@ -71,7 +80,7 @@ class Part:
             place, repeat = int(self.extra[number]), self.rounds
             index += int(self.survey.ends[place]) - int(self.extra_ends[number])
         unit = index - (int(self.survey.ends[place - 1]) if place else 0)
-        return place if self.records is None else int(self.records[place]), repeat, unit
+        return int(self.records[place]), repeat, unit
 
 
 class MixtureDataset(Dataset):
@@ -130,7 +139,7 @@ class MixtureDataset(Dataset):
     @property
     def report(self) -> list[dict[str, Any]]:
         """What was found in every source, for the run's summary."""
-        return [{**asdict(part.survey.report), "samples": len(part)} for part in self.parts]
+        return [asdict(part.report) for part in self.parts]
 
 
 def build_dataset(
@@ -176,7 +185,7 @@ def build_mixture(
     peers = Peers.find(cache_dir)
     parts = [survey_source(number, data, answers, cache_dir, peers) for number in range(len(data.sources))]
     if not sum(map(len, parts)):
-        raise ValueError(f"no sample is left: {[asdict(part.survey.report) for part in parts]}")
+        raise ValueError(f"no sample is left: {[asdict(part.report) for part in parts]}")
     dataset = MixtureDataset([part for part in parts if len(part)], data.coarse_epochs)
     found = of_everyone(hashlib.sha256(np.ascontiguousarray(dataset.lengths)).hexdigest())
     if len(set(found)) > 1:
@@ -195,12 +204,10 @@ def survey_source(number: int, data: DataConfig, answers: AnswerFormat, cache_di
     of_everyone(None)
     with peers.leader_first():
         merge(work)
-    survey = load_survey(work)
+    part = Part(source, work, rounds, extra)
     if peers.rank == 0:
-        warn(survey.report)
-    source.dropped = survey.dropped
-    records = work.records if isinstance(work.records, np.ndarray) else None
-    return Part(source, records, survey, rounds, extra)
+        warn(part.survey.report)
+    return part
 
 
 def plan_source(
@@ -224,6 +231,8 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
     if settings.is_drawn:
         return SceneSource(settings, answers)
     key = f"{data.seed}/{Path(settings.name).name}"  # the same wherever the set lies
+    if settings.streaming:
+        return StreamedRows(settings, answers, key, cache_dir)
     if settings.kind == "regions":
         return RegionSource(settings, answers, key, cache_dir)
     return ConversationSource(settings, answers, key, cache_dir)

@@ -51,6 +51,11 @@ class RowGroups:
     def __len__(self) -> int:
         return int(self.rows.sum())
 
+    def locate(self, row: int) -> tuple[int, int]:
+        """File of a row of the set, counted in the order of its files, and its row there."""
+        group = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
+        return int(self.file[group]), row - int(self.rows[:group].sum()) + int(self.before[group])
+
     def shuffled(self, generator: np.random.Generator) -> np.ndarray:
         """Row groups with rows in them, in random order."""
         return generator.permutation(np.flatnonzero(self.rows))

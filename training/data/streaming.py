@@ -12,7 +12,7 @@ an empty place holds a filler, a sample without anything to learn.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from perceptiondlm.training.data.bad_records import BadRecord, Tally, logged
 from perceptiondlm.training.data.batches import grouped_order
+from perceptiondlm.training.data.columns import file_content
 from perceptiondlm.training.data.conversations import filler, measure_row, row_sample
 from perceptiondlm.training.data.data_config import DataConfig, SourceConfig
 from perceptiondlm.training.data.parquet_rows import RowGroups, RowReader, parquet_files, row_groups
-from perceptiondlm.training.data.sources import AnswerFormat
+from perceptiondlm.training.data.sources import AnswerFormat, Measured, Source
 
 
 LANES = 64  # a power of two: the order is the same for every number of readers that divides it
@@ -192,6 +193,38 @@ class StreamingDataset(Dataset):
             for file, row, content in self._readers[number, lane][1].read(place, end):
                 yield passed, file, row, content
             start += end - place
+
+
+class StreamedRows(Source):
+    """The rows of a streamed set in the order of its files, to be looked through before a run."""
+
+    def __init__(self, config: SourceConfig, answers: AnswerFormat, key: str, cache_dir: Path):
+        self.config, self.answers, self.key = config, answers, key
+        self.groups = stream_groups(config, cache_dir)
+        self._owner = -1
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def fingerprint(self) -> Sequence[Any]:
+        files = [file_content(file) if Path(file).exists() else [file] for file in self.groups.files]
+        return [self.key, len(self), *files]
+
+    def place(self, record: int) -> str:
+        file, row = self.groups.locate(record)
+        return f"{self.groups.files[file]}, row {row}"
+
+    def measure(self, record: int) -> Measured:
+        if self._owner != os.getpid():  # a forked worker must not share its parent's open files
+            self._owner, self._reader = os.getpid(), RowReader(self.groups, np.arange(len(self.groups.rows)))
+        ((_, _, content),) = self._reader.read(record, record + 1)
+        if isinstance(content, BadRecord):
+            raise content
+        return measure_row(content, self.config, self.answers)
+
+    def sample(self, record: int, unit: int, seed: str) -> dict[str, Any]:
+        raise NotImplementedError("a stream is read by StreamingDataset")
 
 
 class StreamOrder(Sampler[int]):

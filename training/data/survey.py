@@ -225,11 +225,19 @@ def _look_at_chunk(number: int) -> tuple[int, int, str]:
 
 def merge(work: Work) -> bool:
     """Make the columns out of all chunks; False when chunks are missing."""
-    if work.is_done:
-        return True
-    if work.missing():
-        return False
-    files = [work.chunk(number) for number in range(work.num_chunks)]
+    if not work.is_done:
+        if work.missing():
+            return work.is_done
+        try:
+            _merge(work, [work.chunk(number) for number in range(work.num_chunks)])
+        except FileNotFoundError:
+            if not work.is_done:  # by another process, which then took the chunks away
+                raise
+        shutil.rmtree(work.folder / "chunks", ignore_errors=True)
+    return True
+
+
+def _merge(work: Work, files: list[Path]) -> None:
     report, dropped, total = SourceReport(work.name), {}, 0
     part = work.folder / f".{os.getpid()}.npy"
     ends = np.lib.format.open_memmap(part, "w+", np.int64, (len(work.records),))
@@ -256,8 +264,6 @@ def merge(work: Work) -> bool:
     os.replace(part, work.folder / "lengths.npy")
     report.bad, report.bad_regions = len(report.bad_records), len(report.bad_region_records)
     write_json(work.folder / "report.json", {"report": asdict(report), "dropped": dropped})
-    shutil.rmtree(work.folder / "chunks")
-    return True
 
 
 def load_survey(work: Work) -> Survey:
