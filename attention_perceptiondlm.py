@@ -29,7 +29,8 @@ class TokenRoles:
 
     Args:
         role: PAD, SHARED, ROI, SEPARATOR or CAPTION.
-        region: index of the region the token belongs to within its row, -1 for shared tokens and padding.
+        region: index of the region the token belongs to within its row, -1 for padding. Of a shared token it is the
+            turn of a conversation from which on it is seen, by tokens whose own is as large: -1 always.
         block: for CAPTION tokens, the caption block; equal to `region` unless several blocks describe one region (as
             the noised copies of a caption do in training). -1 otherwise.
     """
@@ -70,6 +71,7 @@ def allowed_attention(queries: TokenRoles, keys: TokenRoles, layout: str) -> tor
     released (paper, section 3.2): C as above except that newlines between RoI spans are hidden from it (the last one is
     shared); every other row sees everything. full: everything sees everything.
 
+    Where a row asks several turns, a shared token is seen by the shared tokens and answers of its turn and later ones.
     Padding is never attended to; a padding query sees the shared tokens, so that its row stays finite.
 
     Args:
@@ -81,7 +83,7 @@ def allowed_attention(queries: TokenRoles, keys: TokenRoles, layout: str) -> tor
     q_role, k_role = queries.role[:, :, None], keys.role[:, None, :]
     same_region = queries.region[:, :, None] == keys.region[:, None, :]
     same_block = queries.block[:, :, None] == keys.block[:, None, :]
-    shared_key = k_role == SHARED
+    shared_key = (k_role == SHARED) & (keys.region[:, None, :] <= queries.region[:, :, None])
     own_roi = same_region & (k_role == ROI)
     own_block = same_block & (k_role == CAPTION)
     if layout == "full":
@@ -95,7 +97,7 @@ def allowed_attention(queries: TokenRoles, keys: TokenRoles, layout: str) -> tor
         allowed = shared_key | (region_query & (own_roi | own_separator)) | ((q_role == CAPTION) & own_block)
     else:
         raise ValueError(f"unknown attention layout {layout!r}, known are 'isolated', 'released', 'full'")
-    return torch.where(q_role == PAD, shared_key, allowed).unsqueeze(1)
+    return torch.where(q_role == PAD, k_role == SHARED, allowed).unsqueeze(1)
 
 
 def prompt_positions(prompt: TokenRoles, layout: str) -> torch.Tensor:
@@ -126,12 +128,13 @@ def block_positions(prompt: TokenRoles, blocks: TokenRoles, num_blocks: int, lay
     """
     if layout == "isolated":
         in_region = (prompt.role == ROI) | (prompt.role == SEPARATOR)
-        single_region = (prompt.role == SHARED) | (in_region & (prompt.region == 0))
-        start_B, runs = single_region.sum(dim=1), num_blocks
+        turn_BM = blocks.region.unflatten(1, (num_blocks, -1)).amax(dim=2)
+        seen_BML = (prompt.role == SHARED)[:, None] & (prompt.region[:, None] <= turn_BM[:, :, None])
+        start_BM = seen_BML.sum(dim=2) + (in_region & (prompt.region == 0)).sum(dim=1, keepdim=True)
     else:
-        start_B, runs = (prompt.role != PAD).sum(dim=1), 1
-    within = exclusive_cumsum((blocks.role != PAD).unflatten(1, (runs, -1)))
-    return start_B[:, None] + within.flatten(1)
+        start_BM = (prompt.role != PAD).sum(dim=1, keepdim=True)
+    within_BMW = exclusive_cumsum((blocks.role != PAD).unflatten(1, (start_BM.shape[1], -1)))
+    return (start_BM[:, :, None] + within_BMW).flatten(1)
 
 
 def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:

@@ -107,8 +107,8 @@ class AnswerLayout:
 
     Args:
         prompt: the prompt, with the number of regions of every row.
-        num_answers: A, a multiple of the number of targets (regions, and rows without any): several noised copies of
-            one answer may stand next to each other.
+        num_answers: A, a multiple of the number of targets (regions; turns of a conversation; one for other rows):
+            several noised copies of one answer may stand next to each other.
         num_slots: G.
         config: the model's configuration.
         lengths_A: slots that exist in each answer, by default all G; the others are padding.
@@ -127,7 +127,8 @@ class AnswerLayout:
         round_blocks: bool = False,
     ):
         self.config, self.device, self.round_blocks = config, prompt.embeds.device, round_blocks
-        targets_B = prompt.num_regions.clamp(min=1)
+        turns_B = prompt.roles.region.masked_fill(prompt.roles.role != SHARED, -1).amax(dim=1) + 1
+        targets_B = torch.maximum(prompt.num_regions, turns_B).clamp(min=1)
         targets = int(targets_B.sum())
         if num_answers == 0 or num_answers % targets:
             raise ValueError(f"{num_answers} answers do not fit {targets} regions (or rows without regions)")
