@@ -276,3 +276,85 @@ def test_markers_models_train_answers_of_their_own_length(tiny_model, tiny_proce
     assert texts == ["two<|eot_id|>", "a red one and a blue one<|eot_id|>"]
     assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
     assert torch.isfinite(model(**batch).loss)
+
+
+# --- several turns in one sequence ----------------------------------------------------------------------------------
+
+THREE = [
+    {"from": "human", "value": "<image>\nHow many cats?"},
+    {"from": "gpt", "value": "two"},
+    {"from": "human", "value": "Like <image>?"},
+    {"from": "gpt", "value": "a red one and a blue one"},
+    {"from": "human", "value": "Why?"},
+    {"from": "gpt", "value": "so"},
+]
+
+
+def noised(batch, mask_id: int) -> torch.Tensor:
+    """What the model denoises."""
+    hidden = (batch["answer_noise"] < batch["mask_probability"]) & (batch["labels"] != -100)
+    return batch["labels"].masked_fill(hidden, mask_id)
+
+
+def test_turns_of_one_sequence_are_what_each_would_be_alone(build, tiny_model, tmp_path):
+    """Logits of every answer equal those of a sequence that ends with its turn; nobody sees a later turn."""
+    write(tmp_path / "a.parquet", [row(THREE, [png(), png("blue", (90, 40))]), row(OPENAI, [])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all_in_one"})
+    model = tiny_model(region_conditioning="none")
+    batch = collator([dataset[1], dataset[0]])  # padded beside a single turn
+    assert (len(dataset), len(batch["labels"])) == (2, 4)
+    answers = noised(batch, model.config.mask_token_id)
+    with torch.no_grad():
+        together = model(**batch).logits[1:]
+        for turn in range(3):
+            kept = batch["region_ids"][1] <= turn
+            kept &= batch["attention_mask"][1] == 1
+            images = int(batch["tile_grids"].shape[0] if turn else 1)
+            tiles = int(
+                batch["tile_grids"][:images].prod(dim=1).sum() + (batch["tile_grids"][:images].prod(1) > 1).sum()
+            )
+            slots = int((batch["labels"][1 + turn] != -100).sum())
+            alone = model(
+                input_ids=batch["input_ids"][1:, kept],
+                token_roles=batch["token_roles"][1:, kept],
+                region_ids=batch["region_ids"][1:, kept] - turn,  # this turn alone is asked
+                pixel_values=batch["pixel_values"][:tiles],
+                tile_grids=batch["tile_grids"][:images],
+                image_sizes=batch["image_sizes"][:images],
+                answer_ids=answers[1 + turn : 2 + turn, :slots],
+            ).logits[0]
+            torch.testing.assert_close(together[turn, :slots], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_the_first_turn_of_many_is_the_single_turn_of_today(build, tiny_model, tmp_path):
+    write(tmp_path / "0.parquet", [row(THREE, [png(), png("blue", (90, 40))])])
+    many, collator = build({"path": str(tmp_path), "turns": "all_in_one"})
+    single, _ = build({"path": str(tmp_path), "turns": "all"})
+    model = tiny_model(region_conditioning="none")
+    batch, first = collator([many[0]]), collator([single[0]])
+    assert torch.equal(batch["labels"][0, : first["labels"].shape[1]], first["labels"][0])
+    first["mask_probability"], first["answer_noise"] = batch["mask_probability"][:1], batch["answer_noise"][:1, :8]
+    with torch.no_grad():
+        found, expected = model(**batch).logits[0, :8], model(**first).logits[0]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_of_turns_has_the_length_that_was_measured_and_drops_late_turns(build, tmp_path):
+    write(tmp_path / "a.parquet", [row(THREE, [png(), png()])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all_in_one"}, {"noise_copies": 2})
+    batch = collator([dataset[0]])
+    tokens = batch["input_ids"].shape[1] + int((batch["labels"] != -100).sum())
+    assert dataset.lengths.tolist() == [tokens]
+    report = build({"path": str(tmp_path), "turns": "all"}, {"noise_copies": 2})[0]
+    assert tokens < sum(report.lengths)  # the prompt is paid once
+    shorter, _ = build({"path": str(tmp_path), "turns": "all_in_one"}, {"noise_copies": 2}, max_length=tokens - 1)
+    assert shorter[0]["answers"] == ["two", "a red one and a blue one"]
+    assert shorter.report[0]["too_long"] == 1
+
+
+def test_turns_in_one_sequence_need_isolated_attention(tiny_model, tiny_processor, tmp_path):
+    write(tmp_path / "a.parquet", [row()])
+    model = tiny_model(region_conditioning="none", attention_layout="full")
+    data = DataConfig([SourceConfig("conversations", path=str(tmp_path), turns="all_in_one")])
+    with pytest.raises(ValueError, match="'all_in_one' needs attention_layout 'isolated'"):
+        build_dataset(data, LossConfig(), tiny_processor(model), model.config, tmp_path / "cache")

@@ -24,7 +24,10 @@ Result = TypeVar("Result")
 
 
 class BadRecord(ValueError):
-    """A record that cannot be trained on; the message says what is wrong with it."""
+    """A record that cannot be trained on; the message says what is wrong with it, in text that can be written."""
+
+    def __init__(self, message: str):
+        super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 def retried(read: Callable[[], Result]) -> Result:

@@ -100,6 +100,8 @@ def measure_row(row: dict[str, Any], config: SourceConfig, answers: AnswerFormat
     """Read a row as training will and measure its samples."""
     images, turns = read_row(row, config, answers)
     lengths = prompt_lengths(images, turns, answers)
+    if config.turns == "all_in_one":
+        return measure_turns(turns, lengths, answers)
     rooms = [answers.room(length) for length in lengths]
     fitting = sum(room > 0 for room in rooms)
     slots = [min(answers.slots(turn.answer)[0], room) for turn, room in zip(turns, rooms, strict=True)]
@@ -113,11 +115,44 @@ def measure_row(row: dict[str, Any], config: SourceConfig, answers: AnswerFormat
 def row_sample(row: dict[str, Any], unit: int, seed: str, config: SourceConfig, answers: AnswerFormat) -> dict:
     """Answer `unit` of a row, or, with `turns: one`, an answer drawn by the seed out of those that fit."""
     images, turns = read_row(row, config, answers)
+    if config.turns == "all_in_one":
+        lengths = prompt_lengths(images, turns, answers)
+        return turns_sample(images, turns[: fitting_turns(turns, lengths, answers)])
     if config.turns == "one":
         lengths = prompt_lengths(images, turns, answers)
         unit = random.Random(f"turn/{seed}").randrange(sum(answers.room(length) > 0 for length in lengths))
     turn = turns[unit]
     return {"images": images[: turn.num_images], "prompt": turn.prompt, "answer": turn.answer}
+
+
+def fitting_turns(turns: list[Turn], lengths: list[int], answers: AnswerFormat) -> int:
+    """How many turns of a row, from the first, fit in one sequence. The first may be cut to fit."""
+    tokens = 0
+    for number, (turn, length) in enumerate(zip(turns, lengths, strict=True)):
+        tokens += answers.copies * answers.slots(turn.answer)[0]
+        if length + tokens > answers.max_length:
+            return number or int(answers.room(length) > 0)
+    return len(turns)
+
+
+def measure_turns(turns: list[Turn], lengths: list[int], answers: AnswerFormat) -> Measured:
+    """A row whose turns share one sequence."""
+    count = fitting_turns(turns, lengths, answers)
+    if count == 0:
+        return Measured([], len(turns))
+    slots, cut = zip(*(answers.slots(turn.answer) for turn in turns[:count]), strict=True)
+    if count == 1:
+        room = answers.room(lengths[0])
+        slots, cut = (min(slots[0], room),), (answers.num_tokens(turns[0].answer) > room,)
+    return Measured([lengths[count - 1] + answers.copies * sum(slots)], len(turns) - count, sum(cut))
+
+
+def turns_sample(images: list[Image.Image], turns: list[Turn]) -> dict[str, Any]:
+    """Turns of a row in one sequence: each with the piece of the prompt, and the images, that the one before lacks."""
+    before = [Turn("", "", 0), *turns]
+    pieces = [turn.prompt[len(last.prompt) :] for last, turn in zip(before, turns, strict=False)]
+    groups = [images[last.num_images : turn.num_images] for last, turn in zip(before, turns, strict=False)]
+    return {"turn_images": groups, "turn_prompts": pieces, "answers": [turn.answer for turn in turns]}
 
 
 def filler() -> dict[str, Any]:

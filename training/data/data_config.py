@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 
 SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions")
-TURNS = ("one", "all")
+TURNS = ("one", "all", "all_in_one")
 NOISE_LEVELS = ("region", "sample")
 WEIGHTINGS = ("elbo", "masked", "released")
 
@@ -33,8 +33,9 @@ class SourceConfig:
             take less than the set go on where the one before stopped, so that rows are repeated only after all.
         streaming: read the parquet files of `conversations` from front to back (sets too large to look through first).
         image_root: folder that the image paths of a set are relative to; default: the folder of its file.
-        turns: of a conversation, `one` turn drawn per epoch, or `all` turns, each a sample; earlier turns are context.
-            A row of a stream is one sample.
+        turns: of a conversation, `one` turn drawn per epoch; `all` turns, each a sample; or `all_in_one`, all turns of
+            a row in one sequence, whose prompt is paid once (layout `isolated`). Earlier turns are context. A row of a
+            stream is one sample, so that `all` is not for streams.
         seed: of the drawn world.
         conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
 
@@ -69,7 +70,9 @@ class SourceConfig:
         if self.streaming and self.kind != "conversations":
             raise ValueError(f"streaming is for sources of kind 'conversations', got kind {self.kind!r}")
         if self.streaming and self.turns == "all":
-            raise ValueError("a row of a stream is one sample: set sources.turns to 'one', or streaming to false")
+            raise ValueError(
+                "a row of a stream is one sample: set sources.turns to 'one' or 'all_in_one', or streaming to false"
+            )
         if self.samples is None and self.is_drawn:
             raise ValueError("a drawn source has no end: set sources.samples")
 

@@ -159,6 +159,7 @@ def build_dataset(
     cache_dir = Path(data.prepared or cache_dir)
     if not data.streaming:
         return build_mixture(data, loss, processor, config, cache_dir)
+    check_turns(data, config)
     peers = Peers.find(cache_dir)
     run_id = of_everyone(uuid4().hex)[0]
     with peers.leader_first():
@@ -181,6 +182,7 @@ def build_mixture(
     cache_dir = Path(data.prepared or cache_dir)
     if not data.sources:
         raise ValueError("data.sources is empty; accepted: at least one source")
+    check_turns(data, config)
     answers = AnswerFormat.build(data, loss, processor, config)
     peers = Peers.find(cache_dir)
     parts = [survey_source(number, data, answers, cache_dir, peers) for number in range(len(data.sources))]
@@ -194,6 +196,16 @@ def build_mixture(
             "process 0: the machines hold different copies of the sets"
         )
     return dataset
+
+
+def check_turns(data: DataConfig, config: PerceptionDLMConfig) -> None:
+    """Refuse several turns in one sequence where the model's attention cannot keep them apart."""
+    fits = config.attention_layout == "isolated" and not config.supervise_markers
+    if not fits and any(source.turns == "all_in_one" for source in data.sources):
+        raise ValueError(
+            "sources.turns 'all_in_one' needs attention_layout 'isolated' without supervise_markers, this model has "
+            f"{config.attention_layout!r} and supervise_markers={config.supervise_markers}: use 'one' or 'all'"
+        )
 
 
 def survey_source(number: int, data: DataConfig, answers: AnswerFormat, cache_dir: Path, peers: Peers) -> Part:

@@ -99,7 +99,7 @@ class RegionSource(Source):
                 raise BadRecord(f"mask {index} is {mask!r:.60}; accepted: RLE or polygons")
             found = region_masks(size[::-1], masks=[mask])
         except (ValueError, TypeError, OverflowError, OSError) as error:
-            return str(error)
+            return str(BadRecord(str(error)))
         return None if len(found) == 1 else f"mask {index} holds {len(found)} regions; accepted: one"
 
     def _locate(self, record: int) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """What a part of a mixture is: records on disk or drawn, each giving one or more samples; and what all of them share.
 
-A sample is a dict, either of regions or of a turn to answer::
+A sample is a dict, of regions, of a turn to answer, or of several turns in one sequence::
 
     image      anything `load_image` takes      images     list of them
     masks      regions of the image             prompt     question or rendered chat, <img> where an image stands
     captions   one per region                   answer     text of the turn
+
+    turn_prompts, turn_images, answers     per turn: what its prompt adds to the turn before, and the answer
 
 to which the mixture adds `noise_seed`, `coarse` and `filler`. The collator makes batches of them.
 """
