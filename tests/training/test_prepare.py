@@ -175,6 +175,40 @@ def test_streams_are_looked_through_too(tmp_path, capsys):
     assert f"{tmp_path / 'set' / '0.parquet'}, row 70: turns are by ['user']" in printed
 
 
+def two_processes(config: Path, *folders: str) -> list:
+    """What two processes that train together have read and found (see survey_together.py)."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, str(ROOT / "tests" / "training" / "survey_together.py"), str(config), *map(str, folders)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1000"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads((config.parent / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_processes_that_train_together_share_the_look(tmp_path):
+    """With one folder each reads half; with two, as on machines that share none, each reads all."""
+    path = write_regions(tmp_path, 100)
+    config = write_config(tmp_path / "run", f"{{kind: regions, path: {path}}}")
+    (first, lengths), (second, again) = two_processes(config, tmp_path / "shared", tmp_path / "shared")
+    assert sorted(first + second) == list(range(100))
+    assert min(len(first), len(second)) > 30
+    assert lengths == again == columns(tmp_path / "shared")["lengths"]
+    (first, apart), (second, again) = two_processes(config, tmp_path / "a", tmp_path / "b")
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert apart == again == lengths
+
+
+def test_processes_with_different_copies_of_a_set_are_refused(tmp_path):
+    path = write_regions(tmp_path, 40)
+    config = write_config(tmp_path / "run", f"{{kind: regions, path: {path}, image_root: {tmp_path}}}")
+    lines = path.read_text().splitlines()
+    (config.parent / "set-0.jsonl").write_text("\n".join(lines))
+    (config.parent / "set-1.jsonl").write_text("\n".join(lines[1:]))
+    (_, first), (_, second) = two_processes(config, tmp_path / "a", tmp_path / "b")
+    assert first == second
+    assert "the machines hold different copies of the sets" in first
+
+
 class Nothing:
     """A source that is never asked."""
 
