@@ -15,8 +15,10 @@ POOL = 50  # batches that are sorted together when they are grouped by length
 class SizedSamples(Protocol):
     """A dataset in random access that knows its samples' lengths and its epoch, such as `MixtureDataset`."""
 
-    lengths: Sequence[int] | np.ndarray
     epoch: int
+
+    @property
+    def lengths(self) -> Sequence[int] | np.ndarray: ...
 
     def set_epoch(self, epoch: int) -> None: ...
 

@@ -189,7 +189,7 @@ def build_mixture(
     if not sum(map(len, parts)):
         raise ValueError(f"no sample is left: {[asdict(part.report) for part in parts]}")
     dataset = MixtureDataset([part for part in parts if len(part)], data.coarse_epochs)
-    found = of_everyone(hashlib.sha256(np.ascontiguousarray(dataset.lengths)).hexdigest())
+    found = of_everyone(hashlib.sha256(np.ascontiguousarray(dataset.lengths).data).hexdigest())
     if len(set(found)) > 1:
         raise ValueError(
             f"processes {[rank for rank, digest in enumerate(found) if digest != found[0]]} found other data than "

@@ -215,9 +215,9 @@ def _look_at_chunk(number: int) -> tuple[int, int, str]:
         lengths += measured.lengths
         found["too_long"] += measured.too_long
         found["cut"] += measured.cut
-        for region, error in measured.dropped.items():
+        for region, fault in measured.dropped.items():
             place = work.source.place(int(record))
-            found["regions"].append([int(record), region, f"{place}, region {region}: {error}"])
+            found["regions"].append([int(record), region, f"{place}, region {region}: {fault}"])
     columns = {"counts": np.array(counts, np.int64), "lengths": np.array(lengths, np.int32)}
     save_columns(work.chunk(number), **columns, found=np.array(json.dumps(found)))
     return len(counts), len(found["bad"]), "".join(found["bad"][-1:])
@@ -238,7 +238,8 @@ def merge(work: Work) -> bool:
 
 
 def _merge(work: Work, files: list[Path]) -> None:
-    report, dropped, total = SourceReport(work.name), {}, 0
+    dropped: dict[int, list[int]] = {}
+    report, total = SourceReport(work.name), 0
     part = work.folder / f".{os.getpid()}.npy"
     ends = np.lib.format.open_memmap(part, "w+", np.int64, (len(work.records),))
     for file in files:
