@@ -1,6 +1,7 @@
 """Conversation sets: every published shape of a row, answers found by the template, limits, bad rows."""
 
 import json
+import random
 import re
 from io import BytesIO
 
@@ -276,6 +277,51 @@ def test_markers_models_train_answers_of_their_own_length(tiny_model, tiny_proce
     assert texts == ["two<|eot_id|>", "a red one and a blue one<|eot_id|>"]
     assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
     assert torch.isfinite(model(**batch).loss)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_files_cut_anywhere_are_refused_by_name(build, tmp_path, streaming):
+    write(tmp_path / "a.parquet", [row()] * 5)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for share in (0, 0.01, 0.5, 0.9, 0.999):
+        (tmp_path / "a.parquet").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"a\.parquet is no parquet file, or was cut short"):
+            build({"path": str(tmp_path), "streaming": streaming})
+
+
+def test_a_set_with_a_damaged_part_is_refused_by_name(build, tmp_path):
+    write(tmp_path / "a.parquet", [row()] * 50)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).data_page_offset
+    content[start : start + 30] = b"\xff" * 30
+    (tmp_path / "a.parquet").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read"):
+        build({"path": str(tmp_path)})
+
+
+def test_whatever_turns_hold_they_are_good_or_counted(build, tmp_path):
+    """Turns with one value replaced by something else, at any depth."""
+    dice = random.Random(0)
+    junk = [None, True, 3, 1e308, "", "abc", "\ud800", [], {}, [[]], {"a": 1}, "<image>", "<|eot_id|>", 10**30]
+
+    def spoiled(value, depth):
+        if depth == 0 or not isinstance(value, (dict, list)) or not value:
+            return dice.choice(junk)
+        value = value.copy()
+        key = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = spoiled(value[key], depth - 1)
+        return value
+
+    entries = [row(spoiled(dice.choice((QUESTIONS, OPENAI)), dice.randrange(3)) or [0], []) for _ in range(300)]
+    for text in ("[" * 100_000, "{", "\x00", "NaN", ""):
+        entries.append({**row(images=[]), "conversations": text})
+    write(tmp_path / "a.parquet", entries)
+    for turns in ("one", "all", "all_in_one"):
+        dataset, collator = build({"path": str(tmp_path), "turns": turns}, max_bad_share=1.0)
+        assert dataset.report[0]["records"] == 305
+        assert dataset.report[0]["bad"] > 200
+        for index in range(0, len(dataset), 3):
+            collator([dataset[index]])
 
 
 # --- several turns in one sequence ----------------------------------------------------------------------------------
