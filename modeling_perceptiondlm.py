@@ -382,12 +382,21 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
 
     def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
-        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
+        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P).
+
+        Tiles in uint8 are normalised here, on the device; floats are taken as normalised already.
+        """
         config, addend = self.config, None
         if config.region_conditioning == "vision" and config.use_region_prompts and prompt_coverage is not None:
             prompts_KC = self.region_prompts(torch.arange(config.num_region_prompts, device=prompt_coverage.device))
             coverage = prompt_coverage.flatten(2).to(prompts_KC)
             addend = torch.einsum("tkp,kc->tpc", coverage, prompts_KC)
+        if pixel_values.dtype == torch.uint8:
+            mean, std = (
+                torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
+                for values in (config.image_mean, config.image_std)
+            )
+            pixel_values = (pixel_values.float() / 255 - mean) / std
         pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
         return self.projector(self.vision_tower(pixels, config.vision_feature_layer, addend))
 

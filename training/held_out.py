@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback
 from perceptiondlm.common.drawing import annotate
 from perceptiondlm.evaluation.drawn_conversations import evaluate_conversations
 from perceptiondlm.evaluation.drawn_scenes import evaluate_scenes
-from perceptiondlm.regions_perceptiondlm import load_image, region_masks
+from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.regions_perceptiondlm import region_masks
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig

@@ -99,7 +99,7 @@ def test_images_come_in_every_published_shape(build, tmp_path, shape):
     dataset, collator = build({"path": str(tmp_path / "set")})
     batch = collator([dataset[0]])
     assert dataset.report[0]["bad"] == 0
-    assert batch["pixel_values"][0, :, 0, 0].tolist() == [-1, -1, 1]  # blue
+    assert batch["pixel_values"][0, :, 0, 0].tolist() == [0, 0, 255]  # blue
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -87,7 +87,7 @@ def test_images_are_paths_or_data_urls(build, tmp_path, key):
     write(tmp_path / "set.json", [flat(1, key=key), flat(1, url, key), single])
     dataset, collator = build(tmp_path / "set.json")
     assert dataset.report[0]["bad"] == 0
-    assert (collator([dataset[i] for i in range(3)])["pixel_values"][:, 2] == 1).all()  # blue
+    assert (collator([dataset[i] for i in range(3)])["pixel_values"][:, 2] == 255).all()  # blue
 
 
 def test_large_files_are_read_record_by_record(build, tmp_path):

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.images_perceptiondlm import UNREADABLE, load_image
 from perceptiondlm.processing_perceptiondlm import END_OF_TURN, PerceptionDLMProcessor
-from perceptiondlm.regions_perceptiondlm import UNREADABLE, load_image
 from perceptiondlm.training.data.bad_records import BadRecord, retried
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 
