@@ -48,7 +48,7 @@ class HeldOutEvaluation(TrainerCallback):
             raise ValueError(
                 f"evaluation.source {self.source.kind!r} holds regions, which this base model does not know"
             )
-        data = DataConfig([self.source], seed=run.data.seed, max_length=run.data.max_length)
+        data = DataConfig([self.source], seed=run.data.seed, max_length=run.data.max_length, prepared=run.data.prepared)
         if self.settings.steps or self.settings.at_start:
             self.samples = build_mixture(data, run.loss, processor, config, run.output_dir)
             self.collator = AnswerCollator.build(data, run.loss, processor, config)

@@ -74,15 +74,19 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 def fresh_model(run: RunConfig) -> Start:
     """A model with fresh weights, its tokenizer learned from drawn scenes."""
+    config, processor = fresh_parts(run)
+    return PerceptionDLMForConditionalGeneration(config), processor
+
+
+def fresh_parts(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor]:
+    """Config and processor of a model from nothing."""
     settings = model_settings(run)
     settings["text_config"].pop("vocab_size", None)  # the tokenizer's
     texts = scene_texts(run.tokenizer.seed, run.tokenizer.scenes)
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
     tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
     config = build_config(settings, tokenizer)
-    return PerceptionDLMForConditionalGeneration(config), PerceptionDLMProcessor.from_config(
-        config, tokenizer, **run.processor
-    )
+    return config, PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
 
 
 def model_from_checkpoint(run: RunConfig, source: str, as_stored: bool = False) -> Start:
@@ -91,6 +95,25 @@ def model_from_checkpoint(run: RunConfig, source: str, as_stored: bool = False) 
     Raises:
         FileNotFoundError, ValueError: naming what does not fit.
     """
+    config, processor, generation = checkpoint_parts(run, source)
+    folder = local_folder(source)
+    held = held_weights(run, folder, as_stored)
+    model = load_weights(folder, config, tuple(run.train.reset), source, held)
+    model.generation_config = generation
+    return model, processor
+
+
+def build_processor(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor]:
+    """Config and processor of a run's model, without its weights. Raises as `build_model` does."""
+    if run.init_from:
+        return checkpoint_parts(run, run.init_from)[:2]
+    return fresh_parts(run)
+
+
+def checkpoint_parts(
+    run: RunConfig, source: str
+) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor, PerceptionDLMGenerationConfig]:
+    """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes."""
     folder = local_folder(source)
     if (kind := detect(folder)) != "perceptiondlm":
         raise ValueError(f"init_from {source} holds {kind!r} weights: bring them here first, perceptiondlm convert")
@@ -105,13 +128,10 @@ def model_from_checkpoint(run: RunConfig, source: str, as_stored: bool = False) 
         config, tokenizer = recipe.config, recipe.tokenizer
         generation = PerceptionDLMGenerationConfig(**recipe.generation)
     config = PerceptionDLMConfig.from_dict(changed(config.to_dict(), run.model))
-    held = held_weights(run, folder, as_stored)
-    model = load_weights(folder, config, tuple(run.train.reset), source, held)
-    model.generation_config = generation
     fresh_processor = PerceptionDLMProcessor.from_config(
-        model.config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
+        config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
     )
-    return model, fresh_processor
+    return config, fresh_processor, generation
 
 
 def added_regions(run: RunConfig, folder: Path, base: PerceptionDLMConfig, conditioning: str) -> Recipe:

@@ -8,7 +8,6 @@ complete checkpoint of an interrupted run, `--dry-run` prints what a run would d
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -71,9 +70,6 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
             f"{launched} processes found no GPU and would train one by one, unaware of each other: "
             "on CPUs, set trainer.use_cpu=true trainer.ddp_backend=gloo"
         )
-    if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
-        samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
-        arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
     return arguments
 
 

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from perceptiondlm.checkpoints.folder import require_space
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data.batches import POOL, LengthGroupedBatches
+from perceptiondlm.training.data.streaming import StreamOrder
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
 from perceptiondlm.training.modules import parameter_groups, plain_model
@@ -89,18 +89,12 @@ class PerceptionDLMTrainer(Trainer):
 
     # --- data and optimizer -------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self):
-        """A stream deals out its records by itself; everything else is dealt out by accelerate."""
-        if not self.run.data.streaming:
-            return super().get_train_dataloader()
-        self.train_dataset.batch_size = self._train_batch_size if self.run.data.group_by_length else 1
-        settings = {"collate_fn": self.data_collator, "num_workers": self.args.dataloader_num_workers}
-        return DataLoader(self.train_dataset, self._train_batch_size, **settings)
-
     def _get_train_sampler(self, train_dataset=None):
-        """Batches of similar length, or a plain shuffle."""
-        pool = POOL if self.run.data.group_by_length else 1
+        """Batches of similar length, or a plain shuffle; the places of a stream in their order."""
         size, processes = self.args.train_batch_size, self.args.world_size
+        if self.run.data.streaming:
+            return StreamOrder(self.train_dataset, size, processes, self.args.dataloader_num_workers)
+        pool = POOL if self.run.data.group_by_length else 1
         return LengthGroupedBatches(self.train_dataset, size, self.args.seed, processes, pool)
 
     def create_optimizer(self, model=None):

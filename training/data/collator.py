@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -61,6 +62,8 @@ class AnswerCollator:
     def _rows(self, sample: dict[str, Any]) -> list[dict]:
         """The processor's rows of a sample's prompt."""
         max_tiles = 1 if sample["coarse"] else None
+        if "answers" in sample:
+            return [self._turns_row(sample, max_tiles)]
         if "captions" not in sample:
             return self.processor.text_rows([sample["images"]], [sample["prompt"]], max_tiles=max_tiles)
         ids = None
@@ -70,16 +73,24 @@ class AnswerCollator:
             sample["image"], None, "masks", sample["masks"], max_tiles=max_tiles, prompt_ids=ids
         )
 
+    def _turns_row(self, sample: dict[str, Any], max_tiles: int | None) -> dict:
+        """One row of a conversation, whose shared tokens are seen from their own turn on."""
+        rows = self.processor.text_rows(sample["turn_images"], sample["turn_prompts"], max_tiles=max_tiles)
+        tiles = [row["tiles"] for row in rows if row["tiles"] is not None]
+        joined = {name: [entry for row in rows for entry in row[name]] for name in ("ids", "roles", "grids", "sizes")}
+        joined["regions"] = [turn for turn, row in enumerate(rows) for _ in row["ids"]]
+        return {**rows[0], **joined, "tiles": np.concatenate(tiles) if tiles else None}
+
     def _noised_answers(self, sample: dict[str, Any], rows: list[dict]) -> tuple[torch.Tensor, ...]:
         """Labels (A, G), p (A, 1), and whether a token is masked, (A, marker + G) and (A, 1 or 0) for the terminator.
 
         A filler's labels are all -100.
         """
         in_regions = "captions" in sample
-        texts = sample["captions"] if in_regions else [sample["answer"]]
+        texts = sample["captions"] if in_regions else sample.get("answers") or [sample["answer"]]
         if self.processor.sort_regions and in_regions:
             texts = [texts[place] for row in rows for place in row["order"]]
-        limit = self.answers.slot_limit if in_regions else self.answers.room(len(rows[0]["ids"]))
+        limit = self.answers.slot_limit if len(texts) > 1 or in_regions else self.answers.room(len(rows[0]["ids"]))
         labels = self.answers.encode(texts, limit, in_regions)
         labels = labels[:, : self.coarse_slots] if sample["coarse"] else labels
         labels = torch.full_like(labels, -100) if sample["filler"] else labels
