@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from perceptiondlm.modeling_perceptiondlm import (
     noise_answers,
 )
+from perceptiondlm.training.recomputation import recompute_activations
 
 
 def test_forward_reports_loss_and_mask_of_its_noise(tiny_model, tiny_processor, scene):
@@ -87,7 +88,6 @@ def test_gradients_reach_every_trainable_parameter(tiny_model, tiny_processor, s
     assert frozen == {name for name, _ in model.named_parameters() if any(part in name for part in unused)}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method gets a new name in transformers 6
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_gradient_checkpointing_changes_no_gradient(tiny_model, tiny_processor, scene, conditioning):
     model = tiny_model(region_conditioning=conditioning)
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, tiny_processor, 
     plain = gradients(model, batch)
     runs = []
     hook = model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
-    model.gradient_checkpointing_enable()
+    recompute_activations(model)
     checkpointed = gradients(model, batch)
     hook.remove()
     assert len(runs) == 2  # run again in the backward pass
@@ -104,13 +104,12 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, tiny_processor, 
         torch.testing.assert_close(checkpointed[name], grad, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method gets a new name in transformers 6
 def test_generation_while_training_with_gradient_checkpointing(tiny_model, tiny_processor, scene):
     """Checkpointed layers take no cache; `generate` then goes without, with the same answers."""
     model = tiny_model()
     batch = region_batch(tiny_processor(model), scene)
     expected = model.generate(**batch, max_new_tokens=4, steps=4).sequences
-    model.gradient_checkpointing_enable()
+    recompute_activations(model)
     model.train()
     assert torch.equal(model.generate(**batch, max_new_tokens=4, steps=4).sequences, expected)
 
