@@ -153,7 +153,7 @@ def masked_diffusion_loss(
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
     config_class = PerceptionDLMConfig
-    base_model_prefix = "language_model"
+    base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     output_modalities = ("text",)

@@ -94,3 +94,10 @@ def test_unknown_preset_is_refused():
 def test_settings_that_do_not_fit_are_refused(tiny_model, overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(**overrides)
+
+
+def test_a_folder_of_another_model_is_refused(tiny_model, tmp_path):
+    """Before any weight is made: what its config lacks would be filled in with the sizes of the 8B preset."""
+    tiny_model().language_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of type 'llama', PerceptionDLMConfig takes 'perceptiondlm'"):
+        PerceptionDLMForConditionalGeneration.from_pretrained(tmp_path)

@@ -42,9 +42,12 @@ def test_tuples_hold_what_outputs_hold(tiny_model, tiny_processor, scene):
             assert torch.equal(first, second)
 
 
-def test_the_base_model_is_the_language_model(tiny_model):
+def test_the_parts_have_their_names(tiny_model):
     model = tiny_model()
-    assert model.base_model is model.get_decoder() is model.language_model
+    assert model.get_decoder() is model.language_model
+    assert model.get_input_embeddings() is model.language_model.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.base_model is model
     assert PerceptionDLMForConditionalGeneration.can_generate()
 
 
