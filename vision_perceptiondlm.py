@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
-from transformers import initialization as init
 
 
 # EfficientNet-Lite0 (Tan & Le 2019; the "Lite" variant has neither squeeze-and-excitation nor swish): repeats, kernel,
