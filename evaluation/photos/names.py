@@ -21,10 +21,10 @@ VERDICTS = ("right", "general", "wrong")
 # Hypernyms that say nothing: a caption that uses one of them names nothing.
 VACUOUS = frozenset((
     "entity", "physical entity", "abstract entity", "abstraction", "object", "physical object", "whole", "unit",
-    "thing", "item", "something", "matter", "artifact", "artefact", "instrumentality", "instrumentation", "living
-    thing", "animate thing", "organism", "being", "causal agent", "cause", "causal agency", "substance", "part",
-    "piece", "portion", "component", "constituent", "creation", "product", "commodity", "group", "region", "area",
-    "location", "natural object", "stuff",
+    "thing", "item", "something", "matter", "artifact", "artefact", "instrumentality", "instrumentation",
+    "living thing", "animate thing", "organism", "being", "causal agent", "cause", "causal agency", "substance",
+    "part", "piece", "portion", "component", "constituent", "creation", "product", "commodity", "group", "region",
+    "area", "location", "natural object", "stuff",
 ))  # fmt: skip
 # Where the phrase that names a region ends: punctuation, and words that begin what is said about it.
 PHRASE_ENDS = re.compile(
