@@ -95,6 +95,18 @@ class NameTable:
             raise KeyError(f"no accepted words for the category {category!r}; known are {sorted(self.entries)[:5]} ...")
         return self.entries[category]
 
+    def canonical(self, lemmas: CategoryNames) -> CategoryNames:
+        """The entry that lemmas of WordNet fall under: the nearest of them that names one of the same kind, or themselves.
+
+        A lemma has many senses (a kite is a bird, too): some general word of the entry must be among them as well.
+        """
+        chain = (*lemmas.right, *lemmas.general)
+        for word in chain:
+            for entry in self.entries.values():
+                if word in entry.right and (not entry.general or set(chain) & set(entry.general)):
+                    return entry
+        return lemmas
+
     @cached_property
     def longest(self) -> int:
         """Most words of a name."""

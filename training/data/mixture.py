@@ -30,6 +30,7 @@ from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.data.conversations import ConversationSource
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.named_regions import NamedRegionSource
 from perceptiondlm.training.data.region_sets import RegionSource
 from perceptiondlm.training.data.scene_sources import SceneSource
 from perceptiondlm.training.data.sources import MIN_RECORDS, AnswerFormat, BadRecord, Measured, Source, check_bad_share
@@ -195,6 +196,8 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
     key = f"{data.seed}/{Path(settings.name).name}"  # the same wherever the set lies
     if settings.kind == "regions":
         return RegionSource(settings, answers, key, cache_dir)
+    if settings.kind == "named_regions":
+        return NamedRegionSource(settings, answers, key)
     return ConversationSource(settings, answers, key)
 
 
