@@ -3,8 +3,8 @@
 import numpy as np
 
 
-# Typical shades (sRGB, 0 to 255) of the basic colour terms of English (Berlin & Kay 1969); a pixel takes the word of the
-# nearest shade in CIELAB.
+# Typical shades (sRGB, 0 to 255) of the basic colour terms of English (Berlin & Kay 1969); a pixel takes the word of
+# the nearest shade in CIELAB.
 SHADES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "black": ((0, 0, 0), (30, 30, 30), (25, 20, 30)),
     "white": ((255, 255, 255), (228, 228, 226)),

@@ -96,7 +96,7 @@ class NameTable:
         return self.entries[category]
 
     def canonical(self, lemmas: CategoryNames) -> CategoryNames:
-        """The entry that lemmas of WordNet fall under: the nearest of them that names one of the same kind, or themselves.
+        """The entry that lemmas of WordNet fall under: that of the nearest lemma with one, or the lemmas themselves.
 
         A lemma has many senses (a kite is a bird, too): some general word of the entry must be among them as well.
         """
