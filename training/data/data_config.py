@@ -25,8 +25,8 @@ class SourceConfig:
 
     Args:
         kind: `scenes` (drawn regions), `scene_conversations` (drawn questions about whole images), `conversations`
-            (parquet), `regions` (captioned, JSON or JSON lines, also .gz) or `named_regions` (COCO instances or panoptic,
-            LVIS, or region JSON, captioned by what is true of them).
+            (parquet), `regions` (captioned, JSON or JSON lines, also .gz) or `named_regions` (COCO instances or
+            panoptic, LVIS, or region JSON, captioned by what is true of them).
         path: of a file, a folder or a glob, for sets on disk.
         hub: id of a conversation set on the Hugging Face Hub, instead of `path`; `subset` and `split` choose its part.
         samples: records (rows, images, scenes) an epoch takes: fewer than the set holds are a fixed random subset,
@@ -69,9 +69,8 @@ class SourceConfig:
         if not 0 <= self.general_share < 1:
             raise ValueError(f"sources.general_share must be in [0, 1), got {self.general_share}")
         given = " and ".join(name for name in ("path", "hub") if getattr(self, name) is not None)
-        accepted = {"conversations": ("path", "hub"), "regions": ("path",), "named_regions": ("path",)}.get(
-            self.kind, ("",)
-        )
+        on_disk = {"conversations": ("path", "hub"), "regions": ("path",), "named_regions": ("path",)}
+        accepted = on_disk.get(self.kind, ("",))
         if given not in accepted:
             needed = " or ".join(accepted) or "neither path nor hub"
             raise ValueError(f"a source of kind {self.kind!r} needs {needed}, got {given or 'neither'}")

@@ -43,11 +43,10 @@ class NamedRegionSource(Source):
         return f"{self.config.path}, {self.pictures[record].path.name}"
 
     def measure(self, record: int) -> Measured:
-        """Tokens of every group, the longest names assumed."""
+        """Tokens of every group of the uncut picture, under its regions' own names."""
         image, masks = self._read(self.pictures[record])
-        captions = [
-            self._caption(names, image, mask, 0.0, "", record) for names, mask in zip(self.names[record], masks)
-        ]
+        regions = zip(self.names[record], masks, strict=True)
+        captions = [self._caption(names, image, mask, 0.0, "", record) for names, mask in regions]
         slots, cut = zip(*map(self.answers.slots, captions), strict=True)
         longest = sorted(slots, reverse=True)
         processor, lengths = self.answers.processor, []
