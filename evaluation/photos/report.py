@@ -31,9 +31,8 @@ def table_lines(report: Mapping[str, Any]) -> list[str]:
         cells = [f"{row['regions']:>10d}"] + [_percent(row[key]).rjust(10) for key in ("right", "general", "wrong")]
         lines.append(name.ljust(width) + "".join(cells) + _percent(row[EITHER]).rjust(18))
     if report["colours_right"] is not None:
-        lines.append(
-            f"colours right: {report['colours_right']:.1f} % of the {report['captions_with_colours']:.1f} % that name any"
-        )
+        naming = f"{report['captions_with_colours']:.1f} % of captions that name any"
+        lines.append(f"colours right: {report['colours_right']:.1f} % of the {naming}")
     if calibration := report["calibration"]:
         lines.append(f"confidence: expected calibration error {calibration['expected_error']:.3f}; mean score: true")
         lines += [f"  {one['score']:.2f}: {one['true']:.2f} ({one['regions']} regions)" for one in calibration["bins"]]
