@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=1000, help="scenes: seed of the drawn world (training used 1 and 2)"
     )
-    parser.add_argument(
-        "--images", type=int, help="scenes: number of pictures, by default 100; photos: at most so many"
-    )
+    parser.add_argument("--images", type=int, help="scenes: pictures, by default 100; photos: at most so many")
     parser.add_argument(
         "--captions", type=Path, help='score this file {"IMAGEID_ANNINDEX": caption} instead of a model'
     )

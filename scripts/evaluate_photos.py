@@ -37,9 +37,7 @@ def open_photos(dataset: str, data: Path | None, limit: int | None) -> tuple[Pat
         ValueError: for `photos` without --data: no pictures come with the package.
     """
     if dataset == "photos" and data is None:
-        raise ValueError(
-            "--dataset photos needs --data: an annotation file, or a folder with val.json and its pictures"
-        )
+        raise ValueError("--dataset photos needs --data: an annotation file, or a folder with val.json and pictures")
     file = annotation_file(data or Path(dataset))
     benchmark, pictures = load_named_regions(file, f"{file.parent.name}/{file.name}", limit)
     return file, benchmark, pictures
