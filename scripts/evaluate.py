@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dataset == "scenes" and options.images is None:
         options.images = 100
     if options.images is not None and options.images < 1:
-        raise ValueError(f"--images must be at least 1, got {options.images}")
+        raise ValueError(f"num_images must be at least 1, got {options.images}")
     if is_named_regions(options.dataset, options.data):
         folder = options.out or Path("outputs") / "evaluate" / "photos"
         evaluate_photos(options, folder, process_state(), caption)

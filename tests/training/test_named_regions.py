@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,8 @@ from perceptiondlm.training.data.true_captions import place, true_caption, with_
 TABLE = NameTable.coco()
 
 
-class Answers:
-    """What the source needs of an `AnswerFormat`: groups of at most three regions."""
-
-    class processor:  # noqa: N801
-        num_region_prompts = 3
+# What the source needs of an `AnswerFormat`: groups of at most three regions.
+ANSWERS = SimpleNamespace(processor=SimpleNamespace(num_region_prompts=3))
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def annotated(tmp_path):
 
 
 def source(path, **settings) -> NamedRegionSource:
-    return NamedRegionSource(SourceConfig("named_regions", path=str(path), **settings), Answers(), "0/set")
+    return NamedRegionSource(SourceConfig("named_regions", path=str(path), **settings), ANSWERS, "0/set")
 
 
 def test_captions_say_name_colour_size_and_place(annotated):
