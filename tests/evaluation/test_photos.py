@@ -78,7 +78,7 @@ def test_lemmas_of_wordnet_find_their_category():
         ((120, 75, 45), "brown"),
         ((130, 130, 130), "grey"),
         ((245, 215, 60), "yellow"),
-    ],  # fmt: skip
+    ],
 )
 def test_colours_are_measured_under_the_mask(shade, word):
     pixels = np.zeros((20, 20, 3), np.uint8)
