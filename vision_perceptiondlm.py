@@ -129,7 +129,8 @@ class EfficientNetLiteTower(nn.Module):
         self, pixel_values: torch.Tensor, feature_layer: int = -1, patch_addend: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(T, 3, H, W) in [-1, 1] to (T, P * P, C); `patch_addend` (T, P * P, C) is added to the features."""
-        maps, features, side = F.relu6(self.stem(pixel_values)), [], pixel_values.shape[-1] // self.config.patch_size
+        side, features = pixel_values.shape[-1] // self.config.patch_size, []
+        maps = F.relu6(self.stem(pixel_values.to(self.stem.weight.dtype)))
         for index, stage in enumerate(self.stages):
             maps = stage(maps)
             if index in self.config.feature_stages:

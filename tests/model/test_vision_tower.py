@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from perceptiondlm.checkpoints.vision_towers import load_tower_weights
 from perceptiondlm.vision_perceptiondlm import (
     BATCH_NORM_EPSILON,
     EfficientNetLiteConfig,
@@ -59,6 +60,18 @@ def test_published_weights_tell_kinds_apart(published):
     features = tower(torch.stack((stripes, stripes.roll(4, 2), checks))).mean(1)
     near, far = F.cosine_similarity(features[0], features[1], 0), F.cosine_similarity(features[0], features[2], 0)
     assert near > far + 0.02
+
+
+def test_weights_load_by_name_into_a_tower_that_fits(published):
+    tower = EfficientNetLiteTower(EfficientNetLiteConfig(feature_stages=[1, 4]))
+    load_tower_weights(tower, "efficientnet-lite0")
+    assert torch.equal(tower.stem.weight, efficientnet_lite_weights(published)["stem.weight"])
+    with pytest.raises(ValueError, match="tensors of the tower"):
+        load_tower_weights(EfficientNetLiteTower(EfficientNetLiteConfig(**SMALL)), "efficientnet-lite0")
+    with pytest.raises(ValueError, match="one of"):
+        load_tower_weights(tower, "efficientnet-lite9")
+    with pytest.raises(ValueError, match="is a Linear"):
+        load_tower_weights(torch.nn.Linear(1, 1), "efficientnet-lite0")
 
 
 def test_weights_of_another_model_are_refused():
