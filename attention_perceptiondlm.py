@@ -1,162 +1,160 @@
-"""Structured attention: who may attend to whom, and at which position every token stands.
+"""Attention of the language model: what a run of tokens attends to, and the kernels that do it.
 
-A sequence holds tokens of five roles. A *region* is an index within its row; shared tokens belong to none.
+A pass gives every layer an object with one method, `attend(layer, query, key, value)`:
 
-    SHARED     system turn, image, question, assistant header
-    ROI        the replayed features of one region
-    SEPARATOR  the newline that ends a region's RoI span
-    CAPTION    marker, slots (and terminator) of one caption block
-    PAD        padding
+    MaskedPass   rows of tokens under a mask of any layout; used in training, and where the prompt sees the answers
+    StaticPass   spans or answers behind prefixes that never change: no mask, and cost linear in the number of regions.
+                 A query meets its own few tokens in one product and the shared prefix in another; the two are merged
+                 by their log-sum-exp, which gives the softmax over both.
 
-`allowed_attention` is the table of each layout as one vectorised function of (role, region, block), used alike for
-training, for the prefill and for the denoising steps; `prompt_positions` and `block_positions` give the position ids.
-
-Legend: B rows of the batch, L prompt tokens, Q queries, K keys, M caption blocks per row, W tokens per block.
+Legend: see sequence_perceptiondlm.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
+
+from .cache_perceptiondlm import KeyValues, PackedCache
 
 
-PAD, SHARED, ROI, SEPARATOR, CAPTION = -1, 0, 1, 2, 3
+SCORES_AT_ONCE = 2**24  # numbers that the attention without a fused kernel holds at a time
 
 
-@dataclass
-class TokenRoles:
-    """What the attention rules need to know of a run of tokens; every tensor is (B, n) of dtype int64.
+class MaskedPass:
+    """Rows of tokens under a mask.
 
     Args:
-        role: PAD, SHARED, ROI, SEPARATOR or CAPTION.
-        region: index of the region the token belongs to within its row, -1 for shared tokens and padding.
-        block: for CAPTION tokens, the caption block; equal to `region` unless several blocks describe one region (as
-            the noised copies of a caption do in training). -1 otherwise.
+        allowed: bool (B, 1, X, keys), True where attention is allowed; None: all see all.
+        cache: what holds the keys of earlier tokens and takes those of this pass.
     """
 
-    role: torch.Tensor
-    region: torch.Tensor
-    block: torch.Tensor
+    def __init__(self, allowed: torch.Tensor | None, cache: PackedCache | None = None):
+        self.allowed, self.cache = allowed, cache
 
-    @classmethod
-    def of_prompt(cls, role_BL: torch.Tensor, region_BL: torch.Tensor) -> "TokenRoles":
-        """Roles of tokens that contain no caption."""
-        return cls(role_BL, region_BL, torch.full_like(region_BL, -1))
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        """(B, h, X, d) each to (B, X, h, d) and, from eager attention, the weights."""
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, layer.layer_idx)
+        implementation = layer.config._attn_implementation
+        mask = attention_mask(self.allowed, query, implementation)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = layer.attention_dropout if layer.training else 0.0
+        return interface(layer, query, key, value, mask, dropout=dropout, scaling=layer.scaling)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenRoles":
-        """The same function of all three tensors."""
-        return TokenRoles(function(self.role), function(self.region), function(self.block))
 
-    def cat(self, other: "TokenRoles") -> "TokenRoles":
-        """This run followed by another."""
-        pairs = zip(
-            (self.role, self.region, self.block),
-            (other.role, other.region, other.block),
-            strict=True,
+class StaticPass:
+    """Sequences of one length behind prefixes that never change.
+
+    Args:
+        prefixes: the prefix of each run of sequences, and how many sequences there are in the run.
+        own: further keys and values that each sequence has for itself.
+        own_index: which entry of `own` each sequence has, by default its own place.
+        keep: takes the keys and values of this pass.
+    """
+
+    def __init__(
+        self,
+        prefixes: list[tuple[KeyValues | None, int]],
+        own: KeyValues | None = None,
+        own_index: torch.Tensor | None = None,
+        keep: KeyValues | None = None,
+    ):
+        self.prefixes, self.own, self.own_index, self.keep = prefixes, own, own_index, keep
+
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        """(sequences, h, X, d) each to (sequences, X, h, d)."""
+        if self.keep is not None:
+            self.keep.put(layer.layer_idx, key, value)
+        if self.own is not None:
+            earlier = self.own.layers[layer.layer_idx]
+            if self.own_index is not None:
+                index = self.own_index.to(key.device)
+                earlier = (earlier[0][index], earlier[1][index])
+            key, value = torch.cat((earlier[0], key), dim=2), torch.cat((earlier[1], value), dim=2)
+        options = (layer.scaling, layer.num_key_value_groups, layer.config._attn_implementation)
+        output, lse = attend_with_lse(query, key, value, *options)
+        parts, start = [], 0
+        for prefix, count in self.prefixes:
+            run = slice(start, start + count)
+            parts.append(output[run] if prefix is None else behind_prefix(
+                query[run], output[run], lse[run], prefix.layers[layer.layer_idx], options
+            ))  # fmt: skip
+            start += count
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2), None
+
+
+def behind_prefix(query, output, lse, prefix: tuple[torch.Tensor, torch.Tensor], options) -> torch.Tensor:
+    """Extend attention over own tokens (output (c, h, X, d), lse (c, h, X)) to a prefix (1, h, S, d) that all share."""
+    count, heads, length, width = query.shape
+    rows = query.transpose(0, 1).reshape(1, heads, count * length, width)
+    before, before_lse = attend_with_lse(rows, *prefix, *options)
+    before = before.view(heads, count, length, width).transpose(0, 1)
+    before_lse = before_lse.view(heads, count, length).transpose(0, 1)
+    share = torch.sigmoid(lse - before_lse)[..., None]  # of the softmax's mass that lies on the own tokens
+    return (before + share * (output.float() - before)).to(query.dtype)
+
+
+def attend_with_lse(query, key, value, scaling: float, groups: int, implementation: str):
+    """Attention of all queries over all keys, and the log-sum-exp of each query's scores.
+
+    PyTorch's flash kernels serve the CPU, and half precision on NVIDIA and AMD GPUs, its memory-efficient one fp32
+    there. Eager attention, and devices without such a kernel, take plain products, a bounded number of scores at once.
+
+    Args:
+        query: (B, h, X, d); key, value: (B, h / groups, keys, d).
+        scaling: factor on the scores; groups: queries' heads per head of keys and values.
+        implementation: the model's choice; "eager" asks for plain products.
+    Returns:
+        (B, h, X, d) in the inputs' dtype and (B, h, X) fp32.
+    """
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    kind = "plain" if implementation == "eager" else query.device.type
+    if kind == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+    if kind == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)[:2]
+    if kind == "cuda":
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, scale=scaling
         )
-        return TokenRoles(*(torch.cat(pair, dim=1) for pair in pairs))
+        return output, lse[..., : query.shape[2]]  # the kernel rounds its length up
+    return plain_attention(query, key, value, scaling)
 
 
-def allowed_attention(queries: TokenRoles, keys: TokenRoles, layout: str) -> torch.Tensor:
-    """Which key each query may attend to.
-
-    isolated (DESIGN: a region sees the sequence it would see if it were the only region)::
-
-        query \\ key   S     own R   own C   other R, C
-        S             yes   -       -       -
-        R (+ newline) yes   yes     -       -
-        C             yes   yes     yes     -
-
-    released (paper, section 3.2): C as above except that newlines between RoI spans are hidden from it (the last one is
-    shared); every other row sees everything. full: everything sees everything.
-
-    Padding is never attended to; a padding query sees the shared tokens, so that its row stays finite.
-
-    Args:
-        queries, keys: roles of Q and K tokens.
-        layout: "isolated", "released" or "full".
-    Returns:
-        bool tensor of shape (B, 1, Q, K), True where attention is allowed.
-    """
-    q_role, k_role = queries.role[:, :, None], keys.role[:, None, :]
-    same_region = queries.region[:, :, None] == keys.region[:, None, :]
-    same_block = queries.block[:, :, None] == keys.block[:, None, :]
-    shared_key = k_role == SHARED
-    own_roi = same_region & (k_role == ROI)
-    own_block = same_block & (k_role == CAPTION)
-    if layout == "full":
-        allowed = (k_role != PAD).expand(-1, queries.role.shape[1], -1)
-    elif layout == "released":
-        caption_sees = shared_key | own_roi | own_block
-        allowed = torch.where(q_role == CAPTION, caption_sees, k_role != PAD)
-    elif layout == "isolated":
-        own_separator = same_region & (k_role == SEPARATOR)
-        region_query = (q_role == ROI) | (q_role == SEPARATOR) | (q_role == CAPTION)
-        allowed = shared_key | (region_query & (own_roi | own_separator)) | ((q_role == CAPTION) & own_block)
-    else:
-        raise ValueError(f"unknown attention layout {layout!r}, known are 'isolated', 'released', 'full'")
-    return torch.where(q_role == PAD, shared_key, allowed).unsqueeze(1)
+def plain_attention(query, key, value, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `attend_with_lse` does, as matrix products; scores and softmax in fp32."""
+    per_query = query.shape[0] * query.shape[1] * key.shape[2]
+    outputs, sums = [], []
+    for part in query.split(max(1, SCORES_AT_ONCE // per_query), dim=2):
+        scores = (part @ key.transpose(2, 3)).float() * scaling
+        lse = scores.logsumexp(dim=-1)
+        outputs.append((scores - lse[..., None]).exp().to(value.dtype) @ value)
+        sums.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
-def prompt_positions(prompt: TokenRoles, layout: str) -> torch.Tensor:
-    """Position ids of prompt tokens, (B, L) int64.
-
-    `released` and `full` count tokens. `isolated` gives every token its position in the single-region sequence: all RoI
-    spans start where the first one starts, and what follows them continues after one span.
-    """
-    if layout != "isolated":
-        return (exclusive_cumsum(prompt.role != PAD)).clamp(min=0)
-    in_region = (prompt.role == ROI) | (prompt.role == SEPARATOR)
-    first_span = in_region & (prompt.region == 0)
-    shared_before = exclusive_cumsum(prompt.role == SHARED)
-    index = torch.arange(prompt.role.shape[1], device=prompt.role.device).expand_as(prompt.role)
-    starts = torch.ones_like(prompt.region, dtype=torch.bool)
-    starts[:, 1:] = prompt.region[:, 1:] != prompt.region[:, :-1]
-    offset_in_span = index - torch.where(starts, index, 0).cummax(dim=1).values
-    positions = shared_before + torch.where(in_region, offset_in_span, exclusive_cumsum(first_span))
-    return positions.masked_fill(prompt.role == PAD, 0)
-
-
-def block_positions(prompt: TokenRoles, blocks: TokenRoles, num_blocks: int, layout: str) -> torch.Tensor:
-    """Position ids of caption blocks that follow the prompt, (B, M * W) int64; padding takes no position.
-
-    Args:
-        prompt, blocks: roles of the prompt (B, L) and of the blocks (B, M * W).
-        num_blocks: M.
-    """
-    if layout == "isolated":
-        in_region = (prompt.role == ROI) | (prompt.role == SEPARATOR)
-        single_region = (prompt.role == SHARED) | (in_region & (prompt.region == 0))
-        start_B, runs = single_region.sum(dim=1), num_blocks
-    else:
-        start_B, runs = (prompt.role != PAD).sum(dim=1), 1
-    within = exclusive_cumsum((blocks.role != PAD).unflatten(1, (runs, -1)))
-    return start_B[:, None] + within.flatten(1)
-
-
-def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:
-    """Number of True entries before each entry along the last dimension."""
-    counts = flags.to(torch.int64)
-    return counts.cumsum(dim=-1) - counts
-
-
-def attention_bias(allowed: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor | None:
-    """The mask in the form an attention implementation expects.
+def attention_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
+    """A mask in the form an attention implementation expects, where the queries are.
 
     Returns:
-        bool for sdpa, additive float for eager, None for flash attention, which knows no masks.
+        bool for sdpa, additive in the queries' dtype for eager, None for flash attention, which knows no masks.
     Raises:
         ValueError: flash attention, and some token must not see another.
     """
+    if allowed is None:
+        return None
     if "flash" in implementation:
         if allowed.all():
             return None
         raise ValueError(
             f"attn_implementation={implementation!r} takes no mask, but here some tokens are hidden from others. It "
-            "captions regions in the isolated layout and answers questions, of images and questions of one length at a "
-            "time; for other batches, compiled passes, the other layouts and training, use attn_implementation='sdpa' "
-            "(the vision tower may keep it: {'vision_config': 'flash_attention_2', 'text_config': 'sdpa'})"
+            "serves generate with the cache in the isolated layout, and questions of one length at a time elsewhere; "
+            "for other batches, other layouts and training use attn_implementation='sdpa' (the vision tower may keep "
+            "it: {'vision_config': 'flash_attention_2', 'text_config': 'sdpa'})"
         )
+    allowed = allowed.to(query.device)
     if implementation != "eager":
         return allowed
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)

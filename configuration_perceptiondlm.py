@@ -2,15 +2,34 @@
 
 The vision tower is a stock `SiglipVisionConfig` and the language model a stock `LlamaConfig`; the composite adds what
 joins them (projector, pixel-unshuffle), how a region enters the network, and which attention layout the tokens follow.
+
+This file is also the seam to released_perceptiondlm, which holds what exists for the published weights alone: each of
+those rules has a switch here, and the rest of the model asks the switch.
 """
 
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
+from .region_features_perceptiondlm import AlignedRois
+from .released_perceptiondlm import ReleasedLayout, ReleasedRois, released_schedule
+from .sequence_perceptiondlm import FullLayout, IsolatedLayout
 
-ATTENTION_LAYOUTS = ("isolated", "released", "full")
+
+LAYOUTS = {layout.name: layout for layout in (IsolatedLayout(), ReleasedLayout(), FullLayout())}
+ATTENTION_LAYOUTS = tuple(LAYOUTS)
 REGION_CONDITIONINGS = ("replay", "vision", "none")
+ROI_VARIANTS = {"aligned": AlignedRois(), "released": ReleasedRois()}
+LOSS_WEIGHTINGS = ("elbo", "released", "masked")  # the first two are one rule: the paper's and the published code's
+shared_schedule = released_schedule  # how generation's `shared_schedule` spends its steps
+
+# What `roi_variant` was called in configs of before: values of the variants "aligned" and "released".
+FORMER_ROI_FIELDS: dict[str, tuple[Any, Any]] = {
+    "roi_first_tile": (0, 1),
+    "roi_spatial_scale": (None, 1 / 32),
+    "roi_training_spatial_scale": (None, 1 / 28),
+    "roi_inclusive_boxes": (False, True),
+}
 
 # Special-token ids of the LLaDA-8B-Instruct tokenizer as the released PerceptionDLM uses them.
 LLADA_ROI_TOKEN_IDS = tuple(range(126084, 126084 + 16))  # <|reserved_token_0|> ...
@@ -71,11 +90,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
             RoI-Align normalises away.
         text_only (`bool`): a language model without vision tower and projector, as converted from LLaDA alone; needs
             `region_conditioning="none"`.
-        roi_first_tile (`int`, defaults to 0): first tile of the feature map that RoIs are sampled from. The released
-            model starts at 1: its map lacks the first tile and ends with the thumbnail.
-        roi_spatial_scale, roi_training_spatial_scale (`float`, *optional*): factor on the boxes before sampling, while
-            generating and while training. The released model scales boxes a second time, by 1/32 and 1/28.
-        roi_inclusive_boxes (`bool`): whether boxes end at a region's last pixel instead of just outside it (released).
+        roi_variant (`str`, defaults to `"aligned"`): where RoI features are sampled: `"aligned"`, at a region's true
+            box, or `"released"`, as the published weights know it (see `ReleasedRois`).
         supervise_markers (`bool`): whether training noises and supervises marker and terminator of a caption block too,
             and ends a block where its labels end (released), instead of supervising a fixed number of slots.
         image_token_id, mask_token_id, newline_token_id, end_of_turn_token_id, end_of_text_token_id (`int`): ids.
@@ -105,10 +121,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     coverage_subsamples: int = 2
     region_geometry: bool = True
     text_only: bool = False
-    roi_first_tile: int = 0
-    roi_spatial_scale: float | None = None
-    roi_training_spatial_scale: float | None = None
-    roi_inclusive_boxes: bool = False
+    roi_variant: str = "aligned"
     supervise_markers: bool = False
     image_token_id: int = 126349
     mask_token_id: int = 126336
@@ -127,6 +140,9 @@ class PerceptionDLMConfig(PreTrainedConfig):
                 defaults = PRESETS["8b"][name] if value is None else {}
                 fields = {k: v for k, v in {**defaults, **(value or {})}.items() if k != "model_type"}
                 setattr(self, name, config_class(**fields))
+        former = {name: kwargs.pop(name) for name in FORMER_ROI_FIELDS if name in kwargs}
+        if former:
+            self.roi_variant = former_roi_variant(former)
         super().__post_init__(**kwargs)
         self.validate_switches()
 
@@ -135,6 +151,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         for name, accepted in (
             ("attention_layout", ATTENTION_LAYOUTS),
             ("region_conditioning", REGION_CONDITIONINGS),
+            ("roi_variant", tuple(ROI_VARIANTS)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
@@ -162,12 +179,16 @@ class PerceptionDLMConfig(PreTrainedConfig):
         for name in ("roi_size", "roi_sampling_ratio", "coverage_subsamples", "num_region_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.roi_first_tile not in (0, 1):
-            raise ValueError(f"roi_first_tile must be 0 or 1 (released), got {self.roi_first_tile!r}")
-        for name in ("roi_spatial_scale", "roi_training_spatial_scale"):
-            scale = getattr(self, name)
-            if scale is not None and not 0 < scale <= 1:
-                raise ValueError(f"{name} must be None or in (0, 1], got {scale!r}")
+
+    @property
+    def layout(self) -> FullLayout:
+        """The attention layout's rules."""
+        return LAYOUTS[self.attention_layout]
+
+    @property
+    def rois(self) -> AlignedRois:
+        """Where RoI features are sampled."""
+        return ROI_VARIANTS[self.roi_variant]
 
     @property
     def patches_per_side(self) -> int:
@@ -190,6 +211,14 @@ class PerceptionDLMConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, known are {sorted(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def former_roi_variant(fields: dict[str, Any]) -> str:
+    """The variant that a config of before described in `FORMER_ROI_FIELDS`; other mixtures were never published."""
+    for place, variant in enumerate(("aligned", "released")):
+        if all(fields.get(name, values[0]) == values[place] for name, values in FORMER_ROI_FIELDS.items()):
+            return variant
+    raise ValueError(f"{fields} are neither roi_variant='aligned' nor 'released'; accepted: one of the two")
 
 
 def num_tiles(grid: tuple[int, int]) -> int:

@@ -1,29 +1,32 @@
 """PerceptionDLM: SigLIP tiles, region replay, and a bidirectional Llama that denoises all captions at once.
 
 Reading order: `PerceptionDLMForConditionalGeneration.forward` is the table of contents; the parts stand above it.
-
-Legend for tensor names: B rows of the batch, L prompt tokens, T tiles (all images), P patches per tile side, C vision
-width, n image tokens per tile side, D language width, R regions (all rows), S bins per RoI side, K region prompts,
-A answers (caption blocks, all rows), G slots per answer, M answers per row (padded), W tokens per answer, V vocabulary.
+Legend of tensor names: see sequence_perceptiondlm.
 """
 
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
+from transformers import PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
-from .attention_perceptiondlm import PAD, ROI, TokenRoles, allowed_attention, attention_bias, prompt_positions
-from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
-from .denoiser_perceptiondlm import EncodedImage
-from .generation_perceptiondlm import PerceptionDLMGenerationConfig, PerceptionDLMGenerationMixin
-from .layout_perceptiondlm import AnswerLayout, Prompt
+from .cache_perceptiondlm import EncodedImage, weights_fingerprint
+from .configuration_perceptiondlm import LOSS_WEIGHTINGS, PerceptionDLMConfig, num_tiles
+from .generation_config_perceptiondlm import PerceptionDLMGenerationConfig
+from .generation_perceptiondlm import PerceptionDLMGenerationMixin
+from .inputs_perceptiondlm import PromptInputs
+from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
+from .passes_perceptiondlm import run_packed
+from .region_features_perceptiondlm import RegionReplay, box_geometry, roi_align
+from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
 
 
 if TYPE_CHECKING:  # named here so that save_pretrained copies these files next to every checkpoint
@@ -37,16 +40,20 @@ class PerceptionDLMOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, when `labels` are given): equation 2 of the paper.
-        logits (`torch.FloatTensor` of shape `(A, G, V)`): scores for every slot of every answer.
+        logits (`torch.FloatTensor` of shape `(A, G, V)`): scores for every slot of every answer. Left out while a model
+            in training mode computes its loss, which scores the masked slots alone.
         masked (`torch.BoolTensor` of shape `(A, G)`, when `labels` are given): the slots that the noise masked.
         token_losses (`torch.FloatTensor` of shape `(A, G)`, when `labels` are given): their negative log-likelihoods, 0
             elsewhere; no gradient flows through these.
+        hidden_states, attentions (tuples of tensors, when asked for): of the language model's layers, over packed rows.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     masked: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class PromptedSiglipVisionModel(SiglipVisionModel):
@@ -64,50 +71,6 @@ class PromptedSiglipVisionModel(SiglipVisionModel):
         for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
             hidden_TPC = layer(hidden_TPC, None)
         return hidden_TPC
-
-
-class BidirectionalLlamaModel(LlamaModel):
-    """Llama without the causal mask: who sees whom is decided by the mask passed in."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        # Llama freezes the padding token's embedding at zero; here that token fills answers and is learned.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False
-
-    def forward(self, inputs_embeds, attention_mask, position_ids, past_key_values=None):
-        """Embeddings (B, X, D) to normalised hidden states (B, X, D).
-
-        Args:
-            attention_mask: (B, 1, X, keys), bool or additive as the implementation expects; None: all see all.
-            position_ids: (B, X) int64.
-            past_key_values: a `PrefixCache`, or None.
-        """
-        hidden, _ = self._through(self.layers, inputs_embeds, attention_mask, position_ids, past_key_values)
-        return self.norm(hidden)
-
-    def fill(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
-        """Add keys and values of tokens to a `PrefixCache`. Nothing reads what the last layer makes of them."""
-        *layers, last = self.layers
-        hidden, rotary = self._through(layers, inputs_embeds, attention_mask, position_ids, past_key_values)
-        attention, hidden = last.self_attn, last.input_layernorm(hidden)
-        shape = (*hidden.shape[:2], -1, attention.head_dim)
-        key, value = (proj(hidden).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
-        _, key = apply_rotary_pos_emb(key, key, *rotary)
-        past_key_values.update(key, value, attention.layer_idx)
-
-    def _through(self, layers, hidden, attention_mask, position_ids, past_key_values):
-        """Hidden states (B, X, D) behind some layers, and the rotation of the tokens' positions.
-
-        Layers get the rotation, not the ids: flash attention takes repeated ids for packed sequences.
-        """
-        rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer in layers:
-            hidden = layer(
-                hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_embeddings=rotary
-            )
-        return hidden, rotary
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -133,80 +96,6 @@ def pixel_unshuffle(patches_TPC: torch.Tensor, factor: int) -> torch.Tensor:
     return squares.permute(0, 1, 3, 2, 4, 5).reshape(tiles, n, n, factor * factor * channels)
 
 
-def merge_tiles(tiles_TnnD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Lay an image's grid tiles (row-major, thumbnail left out) side by side: (T, n, n, D) to (rows*n, cols*n, D)."""
-    columns, rows = grid
-    _, n, _, depth = tiles_TnnD.shape
-    tiled = tiles_TnnD[: columns * rows].view(rows, columns, n, n, depth)
-    return tiled.permute(0, 2, 1, 3, 4).reshape(rows * n, columns * n, depth)
-
-
-def roi_align(feature_map_hwD: torch.Tensor, boxes_R4: torch.Tensor, bins: int, samples: int) -> torch.Tensor:
-    """RoI-Align: average of `samples`² aligned bilinear samples in each of `bins`² bins of every box.
-
-    Args:
-        feature_map_hwD: (h, w, D) features that cover the whole image.
-        boxes_R4: (R, 4) half-open boxes x0, y0, x1, y1 as fractions of the image in [0, 1].
-    Returns:
-        (R, bins * bins, D), bins in row-major order, computed in fp32 and cast back.
-    """
-    count, points = boxes_R4.shape[0], bins * samples
-    fractions = (torch.arange(points, device=boxes_R4.device, dtype=torch.float32) + 0.5) / points
-    low, size = boxes_R4[:, :2].float(), (boxes_R4[:, 2:] - boxes_R4[:, :2]).float()
-    xy = 2.0 * (low[:, None, :] + size[:, None, :] * fractions[None, :, None]) - 1.0  # (R, points, 2) in [-1, 1]
-    grid = torch.stack(
-        (
-            xy[:, None, :, 0].expand(count, points, points),
-            xy[:, :, None, 1].expand(count, points, points),
-        ),
-        dim=-1,
-    )
-    sampled = F.grid_sample(
-        feature_map_hwD.float().permute(2, 0, 1)[None],
-        grid.reshape(1, count * points, points, 2),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    sampled = sampled[0].view(-1, count, points, points).transpose(0, 1)  # (R, D, points, points)
-    return F.avg_pool2d(sampled, samples).flatten(2).transpose(1, 2).to(feature_map_hwD.dtype)
-
-
-class RegionReplay(nn.Module):
-    """RoI tokens: the RoI-aligned features of a region and, under `replay`, what its mask looks like in each bin."""
-
-    def __init__(self, config: PerceptionDLMConfig):
-        super().__init__()
-        self.bins, self.samples = config.roi_size, config.roi_sampling_ratio
-        self.conditioned = config.region_conditioning == "replay"
-        self.geometry = self.conditioned and config.region_geometry
-        width = config.text_config.hidden_size
-        if self.conditioned:
-            self.coverage_proj = nn.Linear(config.coverage_subsamples**2, width)
-            self.bin_embedding = nn.Embedding(self.bins**2, width)
-        if self.geometry:
-            self.geometry_proj = nn.Linear(6, width)
-
-    def forward(self, features_RbD: torch.Tensor, coverage: torch.Tensor, geometry_R6: torch.Tensor) -> torch.Tensor:
-        """Condition RoI features (R, S², D) on coverage (R, cells, cells) in [0, 1] and geometry (R, 6)."""
-        if not self.conditioned:
-            return features_RbD
-        dtype = features_RbD.dtype
-        cells = coverage.shape[-1] // self.bins
-        cells_RbC = F.unfold(coverage[:, None].to(dtype), cells, stride=cells)
-        tokens = features_RbD + self.coverage_proj(cells_RbC.transpose(1, 2)) + self.bin_embedding.weight
-        if self.geometry:
-            tokens = tokens + self.geometry_proj(geometry_R6.to(dtype))[:, None]
-        return tokens
-
-
-def box_geometry(boxes_R4: torch.Tensor, image_size_R2: torch.Tensor) -> torch.Tensor:
-    """Boxes (R, 4) as fractions of the image, then their width and height over the image's shorter side: (R, 6)."""
-    height, width = image_size_R2.to(boxes_R4.dtype).unbind(-1)
-    extent = (boxes_R4[:, 2:] - boxes_R4[:, :2]) * torch.stack((width, height), -1)
-    return torch.cat((boxes_R4, extent / torch.minimum(width, height)[:, None]), dim=-1)
-
-
 def noise_answers(
     labels_AG: torch.Tensor, mask_token_id: int, mask_probability_A1: torch.Tensor, uniform_AG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,10 +112,14 @@ def noise_answers(
     return torch.where(masked | ~supervised, mask_token_id, labels_AG), masked
 
 
-def token_losses(logits_AGV: torch.Tensor, labels_AG: torch.Tensor, masked_AG: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of the clean token in every masked slot, (A, G) in fp32, 0 elsewhere."""
-    nll = F.cross_entropy(logits_AGV[masked_AG].float(), labels_AG[masked_AG], reduction="none")
-    return torch.zeros(masked_AG.shape, device=nll.device).masked_scatter(masked_AG, nll)
+def token_losses(logits_NV: torch.Tensor, labels_AG: torch.Tensor, masked_AG: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the clean token in every masked slot, (A, G) in fp32, 0 elsewhere.
+
+    Args:
+        logits_NV: scores of the masked slots, in their order.
+    """
+    nll = F.cross_entropy(logits_NV.float(), labels_AG[masked_AG].to(logits_NV.device), reduction="none")
+    return torch.zeros(masked_AG.shape, device=nll.device).masked_scatter(masked_AG.to(nll.device), nll)
 
 
 def masked_diffusion_loss(
@@ -235,13 +128,12 @@ def masked_diffusion_loss(
     """Equation 2 from the `token_losses` of the masked tokens.
 
     Args:
-        weighting: `"elbo"` and `"released"` weigh a token by 1/p and divide by the number of supervised tokens (the
-            paper and the released code); `"masked"` averages over the masked tokens, which bounds the weight (lower
-            variance).
+        weighting: of `LOSS_WEIGHTINGS`. `"elbo"` weighs a token by 1/p and divides by the number of supervised tokens;
+            `"masked"` averages over the masked tokens, which bounds the weight (lower variance).
         num_items: what to divide by instead, for a batch that is spread over passes and processes.
     """
-    if weighting not in ("elbo", "masked", "released"):
-        raise ValueError(f"unknown loss weighting {weighting!r}, known are 'elbo', 'masked' and 'released'")
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"unknown loss weighting {weighting!r}, known are {LOSS_WEIGHTINGS}")
     if weighting == "masked":
         total, items = nll_AG.sum(), masked_AG.sum()
     else:
@@ -257,7 +149,8 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     output_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["attending"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": PassAttention}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -288,6 +181,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     """Captions every region of an image in parallel by masked diffusion; without regions, answers questions."""
 
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     generation_config_class = PerceptionDLMGenerationConfig
 
     def __init__(self, config: PerceptionDLMConfig):
@@ -328,41 +222,37 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        input_ids: torch.Tensor,
-        token_roles: torch.Tensor | None = None,
-        region_ids: torch.Tensor | None = None,
-        num_regions: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        tile_grids: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        region_boxes: torch.Tensor | None = None,
-        region_coverage: torch.Tensor | None = None,
-        prompt_coverage: torch.Tensor | None = None,
-        prompt_ids: torch.Tensor | None = None,
-        sample_ids: torch.Tensor | None = None,
-        region_order: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         answer_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mask_probability: torch.Tensor | None = None,
         answer_noise: torch.Tensor | None = None,
         loss_weighting: str = "elbo",
         num_items: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
+        region_order: torch.Tensor | None = None,
+        **prompt: Any,
     ) -> PerceptionDLMOutput:
         """Score the slots of every answer; with `labels`, noise them and return the loss of equation 2.
 
-        The prompt's tensors are those of [`PerceptionDLMProcessor`], which documents their shapes (`sample_ids` and
-        `region_order` matter to `generate` alone).
+        The prompt's tensors, those in `prompt` included, are those of [`PerceptionDLMProcessor`], which documents their
+        shapes (`sample_ids` and `region_order` matter to `generate` alone). `output_hidden_states`,
+        `output_attentions` and `return_dict` do what they do elsewhere in transformers.
 
         Args:
+            inputs_embeds: (B, L, D) text embeddings instead of `input_ids`.
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
             labels: (A, G) clean ids, -100 behind the end of an answer: those slots do not exist. A may be a multiple of
                 the number of regions: answers of one region then stand next to each other.
             mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
             answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out. With
-                `supervise_markers` (A, W), whole blocks, and so are the output's logits and masked tokens.
+                `supervise_markers` (A, Z), whole spans, and so are the output's logits and masked tokens.
             loss_weighting, num_items: see `masked_diffusion_loss`.
         """
         if (answer_ids is None) == (labels is None):
@@ -370,89 +260,91 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 "forward needs answer_ids (slots to score) or labels (clean answers to train on), not both"
             )
         # 1. condition: text, image and regions
-        prompt = self.embed_prompt(
-            input_ids, token_roles, region_ids, num_regions, attention_mask, pixel_values, tile_grids, image_sizes,
-            region_boxes, region_coverage, prompt_coverage, prompt_ids,
-            roi_scale=None if labels is None else self.config.roi_training_spatial_scale,
-        )  # fmt: skip
+        for switch in ("output_hidden_states", "output_attentions", "use_cache"):  # served by the decorator, or moot
+            prompt.pop(switch, None)
+        inputs = PromptInputs(input_ids, inputs_embeds, attention_mask, pixel_values=pixel_values, **prompt)
+        conditioned = self.embed_prompt(inputs.checked(self), training=labels is not None)
         if labels is None:
             assert answer_ids is not None  # one of the two was given
-            layout = self.lay_out_answers(prompt, answer_ids.shape[0], answer_ids.shape[1])
-            return PerceptionDLMOutput(logits=self.score_answers(prompt, layout, answer_ids))
+            spans = self.place_answers(conditioned, answer_ids.shape[0], answer_ids.shape[1])
+            return PerceptionDLMOutput(logits=self.score_slots(conditioned, spans, answer_ids))
         # 2. noise the clean answers (equation 1)
-        layout = self.lay_out_answers(prompt, labels.shape[0], labels.shape[1], (labels != -100).sum(dim=1))
+        spans = self.place_answers(conditioned, labels.shape[0], labels.shape[1], (labels != -100).sum(dim=1))
         if self.config.supervise_markers:
-            labels = layout.enclose_labels(labels)
+            labels = spans.enclose_labels(labels)
         if mask_probability is None:
             mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
         if answer_noise is None:
             answer_noise = torch.rand(labels.shape, device=labels.device)
         noised, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
         # 3. denoise all answers in one pass
-        logits = self.score_answers(prompt, layout, noised)
+        if self.config.supervise_markers:
+            hidden = self.run_spans(conditioned, spans, noised)
+        else:
+            hidden = self.run_spans(conditioned, spans, spans.enclose(noised))[:, spans.slots]
+        logits = None if self.training else self.lm_head(hidden)
         # 4. loss (equation 2)
-        nll = token_losses(logits, labels, masked)
+        scores_NV = self.lm_head(hidden[masked.to(hidden.device)]) if logits is None else logits[masked]
+        nll = token_losses(scores_NV, labels, masked)
         loss = masked_diffusion_loss(nll, labels, masked, mask_probability, loss_weighting, num_items)
         return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked, token_losses=nll.detach())
 
-    def embed_prompt(
-        self,
-        input_ids,
-        token_roles=None,
-        region_ids=None,
-        num_regions=None,
-        attention_mask=None,
-        pixel_values=None,
-        tile_grids=None,
-        image_sizes=None,
-        region_boxes=None,
-        region_coverage=None,
-        prompt_coverage=None,
-        prompt_ids=None,
-        roi_scale=None,
-        encoded_image: EncodedImage | None = None,
-    ) -> Prompt:
-        """Embed the text, put image features and RoI tokens in place; `roi_scale` replaces `roi_spatial_scale`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if (token_roles is None) != (region_ids is None):
-            raise ValueError("token_roles and region_ids describe the same tokens: give both or neither")
-        token_roles = torch.zeros_like(input_ids) if token_roles is None else token_roles
-        region_ids = torch.full_like(input_ids, -1) if region_ids is None else region_ids
-        num_regions = input_ids.new_zeros(len(input_ids)) if num_regions is None else num_regions
-        roles = TokenRoles.of_prompt(token_roles.masked_fill(attention_mask == 0, PAD), region_ids)
-        if encoded_image is not None:
-            if pixel_values is not None:
-                raise ValueError("give pixel_values or encoded_image, not both")
-            tile_grids, image_sizes = self._grids_of(encoded_image, len(input_ids))
-        self._check_inputs(input_ids, pixel_values, tile_grids)
-        if region_boxes is not None or num_regions.any():
-            images = (pixel_values if encoded_image is None else encoded_image.tiles, tile_grids, image_sizes)
-            self._check_regions(num_regions, images, region_boxes, region_coverage, prompt_coverage)
-        embeds = self.get_input_embeddings()(input_ids)
-        tiles_TnnD = regions_RbD = embeds[:0]
-        if encoded_image is not None:
-            tiles_TnnD = encoded_image.tiles.repeat(len(input_ids), 1, 1, 1)
-        elif pixel_values is not None:
-            tiles_TnnD = self.encode_tiles(pixel_values, prompt_coverage)
-        if self.config.use_roi_replay and region_boxes is not None:
-            regions_RbD = self.replay_regions(
-                tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage, roi_scale
-            )
-        embeds = scatter_features(embeds, input_ids == self.config.image_token_id, tiles_TnnD, "image")
-        embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
-        positions = prompt_positions(roles, self.config.attention_layout)
-        return Prompt(input_ids, embeds, roles, positions, num_regions, self._markers(num_regions, prompt_ids))
+    def find_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) that stand for text embeddings (B, L, D): image placeholders are found, the rest is any text."""
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        placeholder = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
+        return torch.where(placeholder, image_token, self.config.end_of_text_token_id)
 
-    def _grids_of(self, encoded_image: EncodedImage, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Grid and size of an encoded image for every row; refuses one that belongs to another model."""
-        side, width = self.config.tokens_per_side, self.config.text_config.hidden_size
-        if encoded_image.tiles.shape[1:] != (side, side, width):
-            raise ValueError(
-                f"the encoded image holds tiles of {tuple(encoded_image.tiles.shape[1:])}, this model's are "
-                f"{(side, side, width)}: encode it with this model"
-            )
-        return encoded_image.tile_grids.repeat(num_rows, 1), encoded_image.image_sizes.repeat(num_rows, 1)
+    def embed_prompt(
+        self, inputs: PromptInputs, tiles: list[torch.Tensor] | None = None, training: bool = False
+    ) -> Prompt:
+        """Embed the text, put image features and RoI tokens in place.
+
+        Args:
+            inputs: checked.
+            tiles: features (T, n, n, D) of every image of every row, in order, where they are known already.
+            training: whether the rows are trained on; RoIs of the published weights differ then.
+        """
+        embeds = inputs.inputs_embeds
+        if embeds is None:
+            embeds = self.get_input_embeddings()(inputs.input_ids)
+        if tiles is None:
+            tiles = self._encode_shown(inputs)
+        features = torch.cat([image.flatten(0, 2) for image in tiles]) if tiles else embeds[:0]
+        embeds = scatter_features(embeds, inputs.input_ids == self.config.image_token_id, features, "image")
+        roles = inputs.roles
+        if self.config.use_roi_replay and inputs.region_boxes is not None and len(inputs.region_boxes):
+            regions_RbD = self.replay_regions(inputs, tiles, training)
+            embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
+        layout, counts_B = self.config.layout, inputs.num_regions
+        first_R = (counts_B.cumsum(0) - counts_B).repeat_interleave(counts_B)
+        places_R = torch.arange(len(first_R), device=first_R.device) - first_R
+        markers = layout.marker_index(places_R, inputs.prompt_ids)
+        return Prompt(inputs.input_ids, embeds, roles, layout.prompt_positions(roles), counts_B, markers)
+
+    def _encode_shown(self, inputs: PromptInputs) -> list[torch.Tensor]:
+        """Features (T, n, n, D) of every image of every row, in order."""
+        shown = [image for row in inputs.shown_images for image in row]
+        if inputs.encoded_image is not None:
+            return [inputs.encoded_image.tiles for _ in shown]
+        if inputs.pixel_values is None or not shown:
+            return []
+        if inputs.prompt_coverage is None:
+            encoded = self.encode_images(inputs)
+            return [encoded[image] for image in shown]
+        pixels = inputs.pixel_values.split(self._tile_counts(inputs))
+        together = self.encode_tiles(torch.cat([pixels[image] for image in shown]), inputs.prompt_coverage)
+        return list(together.split([len(pixels[image]) for image in shown]))
+
+    def encode_images(self, inputs: PromptInputs) -> list[torch.Tensor]:
+        """Features (T, n, n, D) of every image, which know no region."""
+        return list(self.encode_tiles(inputs.pixel_values).split(self._tile_counts(inputs)))
+
+    @staticmethod
+    def _tile_counts(inputs: PromptInputs) -> list[int]:
+        if inputs.tile_grids is None:  # every tile is an image
+            return [1] * len(inputs.pixel_values)
+        return [num_tiles(grid) for grid in inputs.tile_grids.tolist()]
 
     @torch.no_grad()
     def encode_image(self, pixel_values: torch.Tensor, tile_grids: torch.Tensor, image_sizes: torch.Tensor, **_inputs):
@@ -472,142 +364,79 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
         if len(tile_grids) != 1:
             raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
-        self._check_inputs(tile_grids, pixel_values, tile_grids)
-        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes)
+        PromptInputs(pixel_values=pixel_values, tile_grids=tile_grids).check_tiles(self.config)
+        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self))
 
-    def _markers(self, num_regions: torch.Tensor, prompt_ids: torch.Tensor | None) -> torch.Tensor:
-        """Index of every region's caption marker: its prompt id, but its place in the row in the released layout."""
-        if prompt_ids is not None and self.config.attention_layout != "released":
-            return prompt_ids
-        first_R = (num_regions.cumsum(0) - num_regions).repeat_interleave(num_regions)
-        return torch.arange(len(first_R), device=first_R.device) - first_R
-
-    def _check_inputs(self, input_ids, pixel_values, tile_grids) -> None:
-        """Refuse text and tiles made by a processor whose tokenizer or sizes are not this model's."""
-        side, vocabulary = self.config.vision_config.image_size, self.config.text_config.vocab_size
-        if not 0 <= int(input_ids.min()) <= (largest := int(input_ids.max())) < vocabulary:
-            raise ValueError(f"input_ids hold {largest}, the model's vocabulary has {vocabulary} tokens")
-        if pixel_values is None:
-            return
-        if self.config.text_only:
-            raise ValueError("this model has no vision tower (text_only=True): ask it without images")
-        if tuple(pixel_values.shape[1:]) != (3, side, side):
+    def check_encoded_image(self, image: EncodedImage) -> None:
+        """Refuse an image that other weights encoded."""
+        side, width = self.config.tokens_per_side, self.config.text_config.hidden_size
+        if image.tiles.shape[1:] != (side, side, width):
             raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape)}, this model takes (tiles, 3, {side}, {side})"
+                f"the encoded image holds tiles of {tuple(image.tiles.shape[1:])}, this model's are "
+                f"{(side, side, width)}: encode it with this model"
             )
-        tiles = len(pixel_values) if tile_grids is None else sum(num_tiles(grid) for grid in tile_grids.tolist())
-        if tiles != len(pixel_values):
-            raise ValueError(f"pixel_values hold {len(pixel_values)} tiles, tile_grids describe {tiles}")
-
-    def _check_regions(self, num_regions, images, region_boxes, region_coverage, prompt_coverage) -> None:
-        """Refuse regions that are incomplete, or made by a processor whose switches are not this model's."""
-        config, (pixel_values, tile_grids, image_sizes) = self.config, images
-        if config.region_conditioning == "none":
-            raise ValueError("this is a base model (region_conditioning='none'): it answers questions, without regions")
-        if any(tensor is None for tensor in images):
-            raise ValueError("regions need pixel_values, tile_grids and image_sizes of their images")
-        counted, boxes = int(num_regions.sum()), 0 if region_boxes is None else len(region_boxes)
-        if boxes != counted or len(tile_grids) != len(image_sizes):
+        if image.made_by != weights_fingerprint(self):
             raise ValueError(
-                f"num_regions counts {counted} regions, region_boxes holds {boxes}; there are {len(tile_grids)} "
-                f"tile_grids and {len(image_sizes)} image_sizes"
-            )
-        if config.region_conditioning == "replay":
-            name, given, cells = (
-                "region_coverage",
-                region_coverage,
-                config.roi_size * config.coverage_subsamples,
-            )
-            expected: tuple[int, ...] = (len(region_boxes), cells, cells)
-        else:
-            name, given, patches = "prompt_coverage", prompt_coverage, config.patches_per_side
-            expected = (len(pixel_values), config.num_region_prompts, patches, patches)
-        if given is None or tuple(given.shape) != expected:
-            found = "missing" if given is None else tuple(given.shape)
-            raise ValueError(
-                f"{name} must have shape {expected} under region_conditioning={config.region_conditioning!r}, got "
-                f"{found}: build the processor with PerceptionDLMProcessor.from_config(model.config, tokenizer)"
+                "the encoded image was made by other weights, or by these in another dtype or on another device: "
+                "encode it with this model"
             )
 
     def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
         """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
-        addend = None
-        if (
-            self.config.region_conditioning == "vision"
-            and self.config.use_region_prompts
-            and prompt_coverage is not None
-        ):
-            weight_KC = self.region_prompts.weight
-            addend = torch.einsum("tkp,kc->tpc", prompt_coverage.flatten(2).to(weight_KC.dtype), weight_KC)
+        config, addend = self.config, None
+        if config.region_conditioning == "vision" and config.use_region_prompts and prompt_coverage is not None:
+            prompts_KC = self.region_prompts(torch.arange(config.num_region_prompts, device=prompt_coverage.device))
+            coverage = prompt_coverage.flatten(2).to(prompts_KC)
+            addend = torch.einsum("tkp,kc->tpc", coverage, prompts_KC)
         pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
-        return self.projector(self.vision_tower(pixels, self.config.vision_feature_layer, addend))
+        return self.projector(self.vision_tower(pixels, config.vision_feature_layer, addend))
 
-    def replay_regions(
-        self, tiles_TnnD, tile_grids, image_sizes, num_regions, region_boxes, region_coverage, scale=None
-    ):
-        """RoI tokens (R, S², D) of all regions; row b's regions lie in image b. The config's quirks act here."""
-        if len(tile_grids) != len(num_regions):
-            raise ValueError(
-                f"regions need one image per row: got {len(tile_grids)} images for {len(num_regions)} rows"
-            )
-        grids, counts = [tuple(grid) for grid in tile_grids.tolist()], num_regions.tolist()
-        tiles = tiles_TnnD.split([num_tiles(grid) for grid in grids])
-        if self.config.roi_first_tile:
-            tiles = [image_tiles[len(image_tiles) > 1 :] for image_tiles in tiles]
-        sizes_R2 = image_sizes.repeat_interleave(num_regions, dim=0)
-        boxes_R4 = region_boxes.float() / sizes_R2.flip(-1).repeat(1, 2)
-        sampled_R4 = boxes_R4
-        if self.config.roi_inclusive_boxes:
-            sampled_R4 = torch.cat((boxes_R4[:, :2], (region_boxes[:, 2:] - 1) / sizes_R2.flip(-1)), dim=1)
-        sampled_R4 = sampled_R4 * (scale or self.config.roi_spatial_scale or 1.0)
-        features = [
-            roi_align(merge_tiles(t, grid), boxes, self.config.roi_size, self.config.roi_sampling_ratio)
-            for t, grid, boxes in zip(tiles, grids, sampled_R4.split(counts), strict=True)
-            if len(boxes)
-        ]
-        return self.region_replay(torch.cat(features), region_coverage, box_geometry(boxes_R4, sizes_R2))
+    def replay_regions(self, inputs: PromptInputs, tiles: list[torch.Tensor], training: bool = False) -> torch.Tensor:
+        """RoI tokens (R, bins², D) of all regions.
 
-    def lay_out_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, **options):
+        Args:
+            inputs: checked; tiles: features (T, n, n, D) of every image of every row, in order.
+        """
+        config, device = self.config, tiles[0].device
+        counts = inputs.num_regions.tolist()
+        images = torch.tensor([row[0] for row, n in zip(inputs.shown_images, counts, strict=True) for _ in range(n)])
+        sizes_R2 = inputs.image_sizes[images.to(inputs.image_sizes.device)].to(device)
+        boxes_R4 = inputs.region_boxes.to(device)
+        sampled = config.rois.boxes(boxes_R4, sizes_R2, training).split(counts)
+        places = itertools.accumulate((len(row) for row in inputs.shown_images), initial=0)
+        features = []
+        for place, row, boxes in zip(places, inputs.shown_images, sampled, strict=False):
+            if len(boxes):
+                grid = tuple(inputs.tile_grids[row[0]].tolist())
+                feature_map = config.rois.feature_map(tiles[place], grid)
+                features.append(roi_align(feature_map, boxes, config.roi_size, config.roi_sampling_ratio))
+        coverage = None if inputs.region_coverage is None else inputs.region_coverage.to(device)
+        geometry = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
+        return self.region_replay(torch.cat(features), coverage, geometry)
+
+    def place_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, bare=False):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""
-        layout = AnswerLayout(prompt, num_answers, num_slots, self.config, lengths_A, **options)
-        end = int(layout.positions.max()) + 1
-        limit = self.config.text_config.max_position_embeddings
+        spans = AnswerSpans(prompt, num_answers, num_slots, self.config, lengths_A, bare)
+        end, limit = int(spans.positions.max()) + 1, self.config.text_config.max_position_embeddings
         if end > limit:
             raise ValueError(
                 f"the sequence needs {end} positions, the model has {limit}: use fewer tiles, tokens or regions"
             )
-        return layout
+        return spans
 
-    def attention_mask(self, queries: TokenRoles, keys: TokenRoles) -> torch.Tensor | None:
-        """Who sees whom, in the form the language model's attention implementation expects."""
-        allowed = allowed_attention(queries, keys, self.config.attention_layout)
-        return attention_bias(allowed, self.dtype, self.config.text_config._attn_implementation)
+    def score_slots(self, prompt: Prompt, spans: AnswerSpans, slots_AG: torch.Tensor) -> torch.Tensor:
+        """Logits (A, G, V) for the ids in the slots of all answers, in one pass over whole rows."""
+        return self.lm_head(self.run_spans(prompt, spans, spans.enclose(slots_AG))[:, spans.slots])
 
-    def score_answers(
-        self, prompt: Prompt, layout: AnswerLayout, answer_ids: torch.Tensor, cache=None, mask=None, run=None
-    ) -> torch.Tensor:
-        """Logits (A, G, V) for slots (A, G), or (A, W, V) for whole blocks (A, W).
-
-        Args:
-            cache: a `PrefixCache`; the prompt's tokens that it holds are not run again.
-            mask: the pass's attention mask where the caller has it already.
-            run: what runs the tokens, by default the language model.
-        """
-        slots_only = answer_ids.shape[1] == layout.num_slots
-        blocks_AW = layout.enclose(answer_ids) if slots_only else answer_ids
-        answers_BXD = self.get_input_embeddings()(layout.token_ids(blocks_AW))
-        new = prompt if cache is None else prompt.tokens(cache.length)
-        if mask is None:
-            mask = self.attention_mask(new.roles.cat(layout.roles), prompt.roles.cat(layout.roles))
-        embeds, positions = torch.cat((new.embeds, answers_BXD), 1), torch.cat((new.positions, layout.positions), 1)
-        hidden = (run or self.language_model)(embeds, mask, positions, cache)
-        hidden_AWD = layout.pick(hidden[:, -answers_BXD.shape[1] :])
-        return self.lm_head(hidden_AWD[:, layout.slots] if slots_only else hidden_AWD)
+    def run_spans(self, prompt: Prompt, spans: AnswerSpans, spans_AZ: torch.Tensor) -> torch.Tensor:
+        """Hidden states (A, Z, D) for the ids of whole spans, in one pass over whole rows."""
+        roles = prompt.roles.cat(spans.roles)
+        return run_packed(self, prompt, spans, spans_AZ, self.config.layout.allowed(roles, roles))
 
 
 def scatter_features(embeds_BLD, places_BL, features, kind: str):
     """Write features (…, D) into the marked places in order; raises when their numbers differ."""
-    features = features.reshape(-1, embeds_BLD.shape[-1]).to(embeds_BLD.dtype)
+    features = features.reshape(-1, embeds_BLD.shape[-1]).to(embeds_BLD)
     places = int(places_BL.sum())
     if places != len(features):
         raise ValueError(

@@ -5,7 +5,7 @@ s tile side in pixels, P patches per tile side, K region prompts:
 
     input_ids        (B, L) int64     prompt; answers are appended by the model
     attention_mask   (B, L) int64     1 for tokens, 0 for padding (on the right)
-    token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of attention_perceptiondlm
+    token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of sequence_perceptiondlm
     region_ids       (B, L) int64     region of a RoI or separator token within its row, -1 elsewhere
     num_regions      (B,) int64       regions of each row, 0 for plain text
     sample_ids       (B,) int64       which sample a row belongs to: an image may need several passes, hence rows
@@ -28,9 +28,9 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .attention_perceptiondlm import ROI, SEPARATOR, SHARED
 from .configuration_perceptiondlm import ATTENTION_LAYOUTS, REGION_CONDITIONINGS, num_tiles
 from .regions_perceptiondlm import area_pool, box_coverage, is_encoded, load_image, mask_boxes, region_masks
+from .sequence_perceptiondlm import ROI, SEPARATOR, SHARED
 
 
 IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"

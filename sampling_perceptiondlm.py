@@ -1,16 +1,15 @@
-"""What a denoising step decides: schedules (how many slots), samplers (which slots, which tokens), the canvas.
+"""What a denoising step decides: schedules (how many slots), samplers (which tokens, which slots), the canvas.
 
-Legend: A answers, G slots per answer, V vocabulary.
+Legend: see sequence_perceptiondlm.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 
-FIXED_SAMPLERS = ("low_confidence", "random", "left_to_right")
-ADAPTIVE_SAMPLERS = ("threshold", "margin", "entropy_bound")
-SAMPLERS = (*FIXED_SAMPLERS, *ADAPTIVE_SAMPLERS)
+LOGITS_AT_ONCE = 2**25  # numbers of the vocabulary's width that scoring holds at a time, 128 MB in fp32
 
 
 def linear_schedule(num_slots: int, steps: int) -> list[int]:
@@ -20,55 +19,86 @@ def linear_schedule(num_slots: int, steps: int) -> list[int]:
     return [share * step + min(step, remainder) for step in range(1, steps + 1)]
 
 
-def released_schedule(num_slots: int, steps: int) -> list[int]:
-    """Slots decided after each step of the released model: `int(n (S - 1 - s) / S)` of n are still masked after step s.
-
-    Ends where none is masked any more, which is before the last step when there are more steps than slots.
-    """
-    decided = [num_slots - int(num_slots * (steps - 1 - step) / steps) for step in range(steps)]
-    return decided[: decided.index(num_slots) + 1]
-
-
 @dataclass
 class TokenSampler:
-    """Chooses a token for every slot; greedy at temperature 0, otherwise sampled after top-k and top-p."""
+    """Chooses a token for every open slot; greedy at temperature 0, otherwise sampled after top-k and top-p.
+
+    Args:
+        temperature, top_k, top_p, suppress_tokens: settings of `PerceptionDLMGenerationConfig`.
+        certainty: what an adaptive sampler ranks slots by, `"margin"` or `"entropy_bound"`; otherwise unused.
+        generator: source of randomness, on any device.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     suppress_tokens: torch.Tensor | None = None
+    certainty: str = "confidence"
     generator: torch.Generator | None = None
 
-    def __call__(self, logits_AGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids (A, G), their probability (A, G), and the model's own distribution (A, G, V), in fp32."""
-        logits = logits_AGV.float()
-        if self.suppress_tokens is not None:
-            logits = logits.index_fill(-1, self.suppress_tokens, float("-inf"))
+    def score(self, hidden_ND: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocabulary: int):
+        """Token ids, their probability, and the slots' certainty, (N,) each, a bounded number of logits at once.
+
+        Args:
+            hidden_ND: hidden states of the open slots.
+            head: to logits (..., V); vocabulary: V.
+        """
+        parts = [self(head(part)) for part in hidden_ND.split(max(1, LOGITS_AT_ONCE // vocabulary))]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def __call__(self, logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, their probability by the model's own distribution, and certainty, (N,), the latter two fp32."""
+        logits = logits_NV.float()
+        if self.suppress_tokens is not None and self.suppress_tokens.numel():
+            logits = logits.index_fill(-1, self.suppress_tokens.to(logits.device), float("-inf"))
         probabilities = logits.softmax(dim=-1)
         if self.temperature == 0:
             confidence, tokens = probabilities.max(dim=-1)
-            return tokens, confidence, probabilities
-        choices = self._restrict(logits / self.temperature).softmax(dim=-1)
-        tokens = torch.multinomial(choices.flatten(0, 1), 1, generator=self.generator).view(logits.shape[:2])
-        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0], probabilities
+        else:
+            tokens = self._draw(logits / self.temperature)
+            confidence = probabilities.gather(-1, tokens[:, None])[:, 0]
+        if self.certainty == "margin":
+            likeliest = probabilities.topk(2, dim=-1).values
+            return tokens, confidence, likeliest[:, 0] - likeliest[:, 1]
+        if self.certainty == "entropy_bound":
+            return tokens, confidence, -torch.special.entr(probabilities).sum(dim=-1)
+        return tokens, confidence, confidence
 
-    def _restrict(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < kth, float("-inf"))
+    def _draw(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """Tokens (N,) drawn from what top-k and top-p leave."""
+        kept, ids = self._restrict(logits_NV)
+        cumulative = kept.softmax(dim=-1).cumsum(dim=-1)
+        target = uniform((len(cumulative), 1), self.generator, cumulative.device) * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
+        return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+    def _restrict(self, logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits that may be drawn, -inf elsewhere, and the ids that they belong to (None: all, in order)."""
+        ids = None
+        if self.top_k is not None and self.top_k < logits_NV.shape[-1]:
+            logits_NV, ids = logits_NV.topk(self.top_k, dim=-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the likeliest token always stays
-            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
-        return logits
+            if ids is None:
+                logits_NV, ids = logits_NV.sort(dim=-1, descending=True)
+            share = logits_NV.softmax(dim=-1)
+            beyond = share.cumsum(dim=-1) - share >= self.top_p  # the likeliest token always stays
+            logits_NV = logits_NV.masked_fill(beyond, float("-inf"))
+        return logits_NV, ids
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Draws from U(0, 1) in fp32, made where the generator is and brought to a device."""
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source, dtype=torch.float32).to(device)
 
 
 @dataclass
 class SlotSampler:
-    """Ranks undecided slots, the highest being committed first; adaptive ones also say which slots are sure.
+    """Ranks open slots, the highest being committed first; adaptive ones also say which slots are sure.
 
     Args:
         name: one of `SAMPLERS`.
+        num_answers: of the whole batch: `"random"` draws for all of them, so that it does not matter who has left.
         threshold: probability, or margin between the two likeliest tokens, from which a slot is sure.
         entropy_bound: nats. Slots are sure, in order of entropy, while the entropies of those before add up to at most
             this, which bounds what their joint distribution loses by deciding them at once.
@@ -76,40 +106,33 @@ class SlotSampler:
     """
 
     name: str
+    num_answers: int
     threshold: float = 0.9
     entropy_bound: float = 0.1
     generator: torch.Generator | None = None
 
-    def __call__(self, confidence_AG, probabilities_AGV, open_AG) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, certainty_AG: torch.Tensor, open_AG: torch.Tensor, answers: torch.Tensor | None = None):
         """Priorities (A, G), and for adaptive samplers the slots (A, G) to commit whatever the schedule says.
 
         Args:
-            confidence_AG, probabilities_AGV: of `TokenSampler`.
+            certainty_AG: of `TokenSampler`, for the open slots.
             open_AG: slots that may be decided now.
+            answers: which answers (A,) of the batch these are, by default all.
         """
-        if self.name == "low_confidence":
-            return confidence_AG, None
         if self.name == "random":
-            return self._noise(confidence_AG), None
+            draws = uniform((self.num_answers, certainty_AG.shape[1]), self.generator, certainty_AG.device)
+            return (draws if answers is None else draws[answers]), None
         if self.name == "left_to_right":
-            slots = torch.arange(confidence_AG.shape[1], device=confidence_AG.device, dtype=torch.float32)
-            return -slots.expand_as(confidence_AG), None
-        if self.name == "threshold":
-            return confidence_AG, open_AG & (confidence_AG >= self.threshold)
-        if self.name == "margin":
-            likeliest = probabilities_AGV.topk(2, dim=-1).values
-            margin = likeliest[..., 0] - likeliest[..., 1]
-            return margin, open_AG & (margin >= self.threshold)
-        entropy = torch.special.entr(probabilities_AGV).sum(dim=-1)
-        ordered, index = entropy.masked_fill(~open_AG, float("inf")).sort(dim=-1)
+            slots = torch.arange(certainty_AG.shape[1], device=certainty_AG.device, dtype=torch.float32)
+            return -slots.expand_as(certainty_AG), None
+        if self.name in ("threshold", "margin"):
+            return certainty_AG, open_AG & (certainty_AG >= self.threshold)
+        if self.name == "low_confidence":
+            return certainty_AG, None
+        ordered, index = (-certainty_AG).masked_fill(~open_AG, float("inf")).sort(dim=-1)
         before = ordered.cumsum(dim=-1) - ordered
         sure = torch.zeros_like(open_AG).scatter(-1, index, before <= self.entropy_bound)
-        return -entropy, open_AG & sure
-
-    def _noise(self, like_AG: torch.Tensor) -> torch.Tensor:
-        device = like_AG.device if self.generator is None else self.generator.device
-        noise = torch.rand(like_AG.shape, generator=self.generator, device=device, dtype=torch.float32)
-        return noise.to(like_AG.device)
+        return certainty_AG, open_AG & sure
 
 
 @dataclass
@@ -133,14 +156,9 @@ class Canvas:
     @classmethod
     def blank(cls, num_answers: int, num_slots: int, mask_token_id: int, device: torch.device) -> "Canvas":
         """A canvas of mask tokens."""
-        shape = (num_answers, num_slots)
-        return cls(
-            torch.full(shape, mask_token_id, device=device),
-            torch.zeros(shape, dtype=torch.bool, device=device),
-            torch.zeros(shape, dtype=torch.bool, device=device),
-            torch.zeros(shape, dtype=torch.float32, device=device),
-            mask_token_id,
-        )
+        ids = torch.full((num_answers, num_slots), mask_token_id, device=device)
+        nothing = torch.zeros_like(ids, dtype=torch.bool)
+        return cls(ids, nothing, nothing.clone(), torch.zeros_like(ids, dtype=torch.float32), mask_token_id)
 
     def rows(self, index_A: torch.Tensor) -> "Canvas":
         """Some answers' part of the canvas, as a copy."""
@@ -151,10 +169,6 @@ class Canvas:
         """Write a part made by `rows` back."""
         for name in ("ids", "decided", "filled", "confidence"):
             getattr(self, name)[index_A] = getattr(part, name)
-
-    def undecided(self, block: slice) -> torch.Tensor:
-        """Indices (A',) of the answers with undecided slots in a block. Their number is asked of the device."""
-        return (~self.decided[:, block]).any(dim=1).nonzero()[:, 0]
 
     def update(self, tokens, confidence, priority, sure, block: slice, group_A, target_A, remasking: bool) -> None:
         """Decide slots of a block so that every group of answers then has as many decided ones as its target says.
@@ -167,7 +181,7 @@ class Canvas:
             remasking: whether decided slots compete too and, if they lose, are masked again.
         """
         decided = self.decided[:, block]
-        ranked = priority[:, block].double()
+        ranked = priority[:, block]
         if not remasking:
             ranked = ranked.masked_fill(decided, float("inf"))
         chosen = (rank_in_group(ranked, group_A) < target_A[:, None]) | (decided & (not remasking))

@@ -28,7 +28,7 @@ from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import read_json
 from perceptiondlm.common.measuring import peak_memory
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
-from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
+from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 

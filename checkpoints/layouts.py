@@ -104,10 +104,7 @@ LLADA_FIELDS = {
 RELEASED_QUIRKS = {
     "attention_layout": "released",
     "region_conditioning": "vision",
-    "roi_first_tile": 1,
-    "roi_spatial_scale": 1 / 32,
-    "roi_training_spatial_scale": 1 / 28,
-    "roi_inclusive_boxes": True,
+    "roi_variant": "released",
     "supervise_markers": True,
 }
 RELEASED_PROCESSOR = {"mask_sampling": "nearest", "mask_threshold": 1, "sort_regions": True}

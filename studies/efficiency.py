@@ -11,18 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
-from transformers import AutoModel, LlamaForCausalLM, StaticCache
+from transformers import AutoModel, LlamaForCausalLM, LlamaModel, StaticCache
 
-from perceptiondlm.attention_perceptiondlm import ROI, SEPARATOR, SHARED, allowed_attention, attention_bias
+from perceptiondlm.attention_perceptiondlm import MaskedPass
 from perceptiondlm.common.measuring import count_flops
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from perceptiondlm.inputs_perceptiondlm import PromptInputs
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.sampling_perceptiondlm import released_schedule
+from perceptiondlm.released_perceptiondlm import released_schedule
+from perceptiondlm.sequence_perceptiondlm import ROI, SEPARATOR, SHARED, Prompt
 
 
+# transformers renames the argument that a cache is passed by.
+CACHE_KEYWORD = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 GRID = (3, 2)  # with the thumbnail seven tiles, as the paper's benchmark has them
 TEXT_BEFORE, TEXT_AFTER = 25, 20  # tokens of the turns around image and regions
 SHAPES: dict[str, dict[str, Any]] = {
@@ -190,20 +195,19 @@ class Study:
     def _full(self, inputs, steps: int) -> torch.Tensor:
         """Every step runs all L + N (G + 1) tokens and scores the whole vocabulary at each of them."""
         model = self.model
-        prompt = model.embed_prompt(**inputs)
+        prompt = self._prompt(inputs)
         regions = int(prompt.num_regions)
-        layout = model.lay_out_answers(prompt, regions, self.num_tokens)
-        roles = prompt.roles.cat(layout.roles)
-        allowed = allowed_attention(roles, roles, self.model.config.attention_layout)
-        mask = attention_bias(allowed, prompt.embeds.dtype, model.config.text_config._attn_implementation)
-        positions = torch.cat((prompt.positions, layout.positions), dim=1)
+        spans = model.place_answers(prompt, regions, self.num_tokens)
+        roles = prompt.roles.cat(spans.roles)
+        attending = MaskedPass(model.config.layout.allowed(roles, roles))
+        positions = torch.cat((prompt.positions, spans.positions), dim=1)
         blank = model.config.mask_token_id
         slots = torch.full((regions, self.num_tokens), blank, device=prompt.embeds.device)
         for decided in released_schedule(slots.numel(), steps):
-            answers = model.get_input_embeddings()(layout.token_ids(layout.enclose(slots)))
-            hidden = model.language_model(torch.cat((prompt.embeds, answers), dim=1), mask, positions)
+            answers = model.get_input_embeddings()(spans.lay_out(spans.enclose(slots)))
+            hidden = model.language_model(torch.cat((prompt.embeds, answers), dim=1), positions, attending)
             probabilities = model.lm_head(hidden).double().softmax(dim=-1)
-            tail = layout.pick(probabilities[:, -answers.shape[1] :])[:, 1 : 1 + self.num_tokens]
+            tail = spans.pick(probabilities[:, -answers.shape[1] :])[:, 1 : 1 + self.num_tokens]
             confidence, tokens = tail.max(dim=-1)
             slots = torch.where(slots == blank, tokens, slots).flatten()
             lowest = confidence.flatten().topk(slots.numel() - decided, largest=False).indices
@@ -212,23 +216,25 @@ class Study:
 
     def _prefix(self, inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the shared tokens (1, L_S, D), and of every region's own (N, L_R, D)."""
-        prompt, shared = self.model.embed_prompt(**inputs).shared_first()
-        regions = int(prompt.num_regions)
-        return prompt.embeds[:, :shared], prompt.embeds[0, shared:].unflatten(0, (regions, -1))
+        prompt = self._prompt(inputs)
+        return prompt.shared(0)[1], prompt.spans()[0]
+
+    def _prompt(self, inputs) -> Prompt:
+        return self.model.embed_prompt(PromptInputs(**inputs).checked(self.model))
 
     def _cache(self, length: int) -> StaticCache:
         return StaticCache(config=self.causal.config, max_cache_len=length)
 
     def _prefill(self, embeds: torch.Tensor, cache: StaticCache) -> torch.Tensor:
         """Run embeddings behind what a cache holds; the likeliest next token of every row, (rows, 1)."""
-        output = self.causal(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.causal(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **{CACHE_KEYWORD: cache})
         return output.logits.argmax(dim=-1)
 
     def _decode(self, token: torch.Tensor, cache: StaticCache, count: int) -> torch.Tensor:
         """Greedy decoding from a first token (rows, 1): (rows, count)."""
         tokens = [token]
         for _ in range(count - 1):
-            output = self.step(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            output = self.step(input_ids=tokens[-1], use_cache=True, **{CACHE_KEYWORD: cache})
             tokens.append(output.logits.argmax(dim=-1).clone())
         return torch.cat(tokens, dim=1)
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from perceptiondlm.attention_perceptiondlm import PAD, TokenRoles, allowed_attention, prompt_positions
+from perceptiondlm.attention_perceptiondlm import MaskedPass
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
+from perceptiondlm.configuration_perceptiondlm import LAYOUTS, PRESETS, PerceptionDLMConfig
 from perceptiondlm.drawn.scenes import draw_scene
-from perceptiondlm.layout_perceptiondlm import AnswerLayout, Prompt
-from perceptiondlm.modeling_perceptiondlm import BidirectionalLlamaModel
+from perceptiondlm.language_perceptiondlm import BidirectionalLlamaModel
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.sequence_perceptiondlm import PAD, AnswerSpans, Prompt, TokenRoles
 from perceptiondlm.training.data.batches import padding_report
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
@@ -37,11 +37,11 @@ def lay_out(batch: dict[str, torch.Tensor], config: PerceptionDLMConfig) -> tupl
     roles = TokenRoles.of_prompt(
         batch["token_roles"].masked_fill(batch["attention_mask"] == 0, PAD), batch["region_ids"]
     )
-    positions, ids = prompt_positions(roles, config.attention_layout), batch["input_ids"]
+    positions, ids = config.layout.prompt_positions(roles), batch["input_ids"]
     markers = torch.zeros(int(batch["num_regions"].sum()), dtype=torch.int64)
     prompt = Prompt(ids, ids[..., None].float(), roles, positions, batch["num_regions"], markers)
     num_answers, num_slots = batch["labels"].shape
-    answers = AnswerLayout(prompt, num_answers, num_slots, config, (batch["labels"] != -100).sum(dim=1))
+    answers = AnswerSpans(prompt, num_answers, num_slots, config, (batch["labels"] != -100).sum(dim=1))
     return roles.cat(answers.roles), torch.cat((positions, answers.positions), dim=1)
 
 
@@ -57,8 +57,8 @@ def time_mask(config: PerceptionDLMConfig, batch: dict[str, torch.Tensor], repea
     for _ in range(repeats + 1):  # the first round warms up
         for layout, times in seconds.items():
             start = time.process_time()
-            mask = None if layout == "no mask" else allowed_attention(roles, roles, layout)
-            model(embeds, mask, positions).square().mean().backward()
+            allowed = None if layout == "no mask" else LAYOUTS[layout].allowed(roles, roles)
+            model(embeds, positions, MaskedPass(allowed)).square().mean().backward()
             times.append(time.process_time() - start)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return {

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
+from perceptiondlm.evaluation.reports.paper_tables import paper_table
 from perceptiondlm.studies.miniature import table
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 SYSTEMS = {
     "as released": "full",
     "cached prefix, 32 passes": "cached",
@@ -35,11 +39,10 @@ def table_rows(document: str, after: str) -> list[list[str]]:
     return table
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/efficiency.md"])
-def test_speed_table_is_the_committed_measurement(document):
+def test_speed_table_is_the_committed_measurement():
     result = json.loads((RESULTS / "efficiency_small_cpu.json").read_text())
     seconds = {(row["system"], row["regions"]): row["seconds"] for row in result["rows"]}
-    rows = table_rows(document, "seconds per image")
+    rows = table_rows("docs/efficiency.md", "seconds per image")
     assert len(rows) == len(SYSTEMS)
     for name, *cells in rows:
         (system,) = (system for words, system in SYSTEMS.items() if words in name)
@@ -47,9 +50,62 @@ def test_speed_table_is_the_committed_measurement(document):
             assert float(cell) == pytest.approx(seconds[system, regions], rel=0.006), (name, regions)
 
 
+def words_of(document: str) -> str:
+    """A document as one line."""
+    return " ".join((ROOT / document).read_text().split())
+
+
+def test_readme_states_the_committed_speed():
+    result = json.loads((RESULTS / "efficiency_small_cpu.json").read_text())
+    seconds = {row["system"]: row["seconds"] for row in result["rows"] if row["regions"] == 4}
+    stated = re.search(
+        r"(\S+) s the way the released code decodes, (\S+) s with the prompt computed once, (\S+) s with "
+        r"`preset=\"fast\"`, (\S+) s when the image was encoded before, and (\S+) s with an autoregressive model",
+        words_of("README.md"),
+    )
+    assert stated
+    systems = ("full", "cached", "fast", "fast_on_cached_image", "ar_batch")
+    for system, value in zip(systems, stated.groups(), strict=True):
+        assert float(value) == pytest.approx(seconds[system], rel=0.006), system
+    assert result["parameters"] == pytest.approx(66e6, rel=0.01)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/efficiency.md"])
+def test_passes_of_the_fast_preset_are_the_committed_measurement(document):
+    result = json.loads((RESULTS / "decoding_curves.json").read_text())
+    (fast,) = [point for point in result["curves"]["threshold"] if point["settings"]["threshold"] == 0.9]
+    stated = re.search(
+        r"needs (\S+) passes per picture instead of (\d+), at (\S+) % of the score, on (\d+) drawn scenes",
+        words_of(document),
+    )
+    assert stated
+    assert float(stated[1]) == pytest.approx(fast["num_forward_passes"], abs=0.0051)
+    assert int(stated[2]) == result["reference"]["num_forward_passes"]
+    assert float(stated[3]) == pytest.approx(100 * fast["share_of_reference"], abs=0.051)
+    assert int(stated[4]) == result["num_images"]
+
+
+def test_readme_states_the_committed_scores_of_the_embedded_model():
+    result = json.loads((RESULTS / "scenes_seed1000.json").read_text())
+    stated = re.search(r"scores Avg (\S+) on (\d+) pictures of a world .* chance is (\S+)\.", words_of("README.md"))
+    assert stated
+    assert float(stated[1]) == pytest.approx(result["average"], abs=0.051)
+    assert int(stated[2]) == result["num_images"]
+    assert float(stated[3]) == pytest.approx(result["baselines"]["chance"]["average"], abs=0.051)
+
+
+def test_scores_of_the_embedded_model_are_the_committed_report():
+    result = json.loads((RESULTS / "scenes_seed1000.json").read_text())
+    scores = [result, result["baselines"]["chance"], result["baselines"]["constant"]]
+    rows = table_rows("docs/embedded.md", "## Scores")
+    for (name, *cells), row in zip(rows, scores, strict=True):
+        for cell, kind in zip(cells, ("positive", "negative", "average", "recognition"), strict=True):
+            assert float(cell.removesuffix(" %")) == pytest.approx(row[kind], abs=0.051), (name, kind)
+
+
 def test_judging_times_are_the_slowest_of_the_committed_rounds():
     result = json.loads((RESULTS / "judging_cpu.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = words_of("docs/metrics.md")
     stated = re.search(r"([\d,]+) questions \((\d+) regions\) .* (\S+) s as text and (\S+) s with image and mask", text)
     assert stated
     assert {row["requests"] for row in result["rows"]} == {int(stated[1].replace(",", ""))}
@@ -70,7 +126,65 @@ def test_miniature_tables_are_the_committed_run():
         assert not row or row in lines
 
 
-def test_links_between_documents_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_between_documents_lead_somewhere(document):
+    path = ROOT / document
+    for target, section in re.findall(r"\]\((?!https?://)([^)#\s]*)(#[^)\s]+)?\)", path.read_text()):
+        linked = path.parent / target if target else path
+        assert linked.exists(), f"{document} links to {target}"
+        assert not section or section[1:] in sections(linked), f"{document} links to {target}{section}"
+
+
+def sections(document: Path) -> set[str]:
+    """Names by which the headings of a document can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]:
+        assert f"({page.relative_to(ROOT)})" in text, f"README.md does not lead to {page.name}"
+
+
+def test_front_matter_is_read_by_the_hubs_own_library():
+    data = ModelCard.load(ROOT / "README.md").data
+    assert data.to_dict()["arxiv"] == "2606.19534"  # a number would lose the trailing zeros of other papers
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-text-to-text")
+    # The Hub links a paper by its address in the text.
+    assert "https://arxiv.org/abs/2606.19534" in (ROOT / "README.md").read_text()
+
+
+def test_pictures_are_small():
+    for picture in [*(ROOT / "docs").rglob("*.png"), *(ROOT / "examples").glob("*.png")]:
+        assert picture.stat().st_size < 500_000, picture.name
+
+
+def test_efficiency_page_names_the_judge_of_the_papers_scores():
+    lines = (ROOT / "docs" / "efficiency.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| paper: Avg")]
+    assert len(rows) == 2
+    steps = [paper_table(9).rows[f"{steps} steps"][2] for steps in (16, 32, 48, 64)]
+    slots = [paper_table(11).rows[f"{slots} tokens"][2] for slots in (32, 64)]
+    for row, number, scores in zip(rows, (9, 11), (steps, slots), strict=True):
+        judge = paper_table(number).title.rsplit("judge ", 1)[1]
+        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert name == f"paper: Avg, judge {judge}"
+        assert [float(cell) for cell in cells if cell] == scores
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflow_runs_what_developers_run(workflow):
+    content = yaml.safe_load(workflow.read_text())
+    jobs = list(content["jobs"].values())
+    steps = [step for job in jobs for step in job["steps"]]
+    assert ".ci/run" in [step.get("run") for step in steps]
+    versions = [version for job in jobs for version in job["strategy"]["matrix"]["python"]]
+    assert all(isinstance(version, str) for version in versions)  # 3.10 would be read as 3.1
+    required = requires_python()
+    assert required == f">={versions[0]}"
+
+
+def requires_python() -> str:
+    return re.search(r'^requires-python = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]

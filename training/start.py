@@ -12,7 +12,7 @@ from perceptiondlm.checkpoints.folder import prepare_config
 from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
 from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, special_token_ids
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
-from perceptiondlm.generation_perceptiondlm import PerceptionDLMGenerationConfig
+from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.config import PARTS, RunConfig

@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_passes import embed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipModel, pipeline
 
-from perceptiondlm.attention_perceptiondlm import PAD, allowed_attention, prompt_positions
 from perceptiondlm.checkpoints import convert as conversion
 from perceptiondlm.checkpoints.convert import Options, convert
 from perceptiondlm.checkpoints.folder import export
 from perceptiondlm.checkpoints.layouts import RELEASED_PROCESSOR, RELEASED_QUIRKS, TO_RELEASED_RULES, rename
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.sequence_perceptiondlm import PAD
 
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -75,11 +76,6 @@ def demo_inputs(processor, *numbers, **keywords):
     return processor(images=Image.open(DEMO / "demo.jpg"), masks=masks, **keywords)
 
 
-def prompt_of(model, inputs):
-    """The embedded prompt."""
-    return model.embed_prompt(**{k: v for k, v in inputs.items() if k not in ("sample_ids", "region_order")})
-
-
 def close(found, expected, tolerance):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
@@ -106,16 +102,17 @@ def test_every_stage_of_one_region_matches(parallel, reference):
     with torch.no_grad():
         tiles = model.encode_tiles(inputs["pixel_values"], inputs["prompt_coverage"])
         close(tiles.flatten(1, 2), recorded["vision_embeds"], 5e-5)
-        prompt = prompt_of(model, inputs)
-        layout = model.lay_out_answers(prompt, 1, 16)
+        prompt = embed(model, inputs)
+        spans = model.place_answers(prompt, 1, 16)
         slots = torch.full((1, 16), model.config.mask_token_id)
-        answers = model.get_input_embeddings()(layout.token_ids(layout.enclose(slots)))
+        answers = model.get_input_embeddings()(spans.lay_out(spans.enclose(slots)))
         close(torch.cat((prompt.embeds, answers), dim=1), recorded["inputs_embeds"], 5e-5)
-        logits = model.score_answers(prompt, layout, slots)
+        logits = model.score_slots(prompt, spans, slots)
     hook.remove()
-    roles = prompt.roles.cat(layout.roles)
-    assert torch.equal(allowed_attention(roles, roles, "released"), recorded["attn_allowed_4d"].bool())
-    positions = torch.cat((prompt_positions(prompt.roles, "released"), layout.positions), dim=1)
+    roles, layout = prompt.roles.cat(spans.roles), model.config.layout
+    assert layout.name == "released"
+    assert torch.equal(layout.allowed(roles, roles), recorded["attn_allowed_4d"].bool())
+    positions = torch.cat((layout.prompt_positions(prompt.roles), spans.positions), dim=1)
     assert torch.equal(positions, recorded["position_ids"])
     close(hidden[0], recorded["step0.hidden"], 1e-4)
     close(logits[0], recorded["step0.caption_logits"], 3e-4)
@@ -145,8 +142,8 @@ def training_case(parallel, reference):
         labels[row, : len(tokens)] = torch.tensor(tokens)
     # masks enter by area (0, 2, 1); the released draw of prompt ids was 4, 1, 3 in that order
     inputs = demo_inputs(processor, 0, 1, 2, prompt_ids=[4, 3, 1])
-    layout = model.lay_out_answers(prompt_of(model, inputs), 3, labels.shape[1], (labels != -100).sum(dim=1))
-    places = layout.pick(layout.positions)  # of every block token in the released sequence
+    spans = model.place_answers(embed(model, inputs), 3, labels.shape[1], (labels != -100).sum(dim=1))
+    places = spans.pick(spans.positions)  # of every block token in the released sequence
     assert inputs["region_order"].tolist() == [0, 2, 1]
     return settings, recorded, inputs, labels, places
 
@@ -165,19 +162,16 @@ def test_three_regions_stand_and_attend_as_released(parallel, training_case):
     model = parallel[0]
     _, recorded, inputs, labels, _ = training_case
     with torch.no_grad():
-        prompt = model.embed_prompt(
-            **{k: v for k, v in inputs.items() if k not in ("sample_ids", "region_order")},
-            roi_scale=model.config.roi_training_spatial_scale,
-        )
-        layout = model.lay_out_answers(prompt, 3, labels.shape[1], (labels != -100).sum(dim=1))
-        ids = layout.token_ids(layout.enclose(labels.clamp(min=0)))
+        prompt = embed(model, inputs, training=True)
+        spans = model.place_answers(prompt, 3, labels.shape[1], (labels != -100).sum(dim=1))
+        ids = spans.lay_out(spans.enclose(labels.clamp(min=0)))
         embeds = torch.cat((prompt.embeds, model.get_input_embeddings()(ids)), dim=1)
-    roles = prompt.roles.cat(layout.roles)
+    roles, layout = prompt.roles.cat(spans.roles), model.config.layout
     there = (roles.role != PAD)[0]
-    positions = torch.cat((prompt_positions(prompt.roles, "released"), layout.positions), dim=1)[:, there]
+    positions = torch.cat((layout.prompt_positions(prompt.roles), spans.positions), dim=1)[:, there]
     assert torch.equal(positions, recorded["position_ids"])
     close(embeds[:, there], recorded["inputs_embeds_replayed"], 5e-5)
-    allowed = allowed_attention(roles, roles, "released")[:, :, there][:, :, :, there]
+    allowed = layout.allowed(roles, roles)[:, :, there][:, :, :, there]
     assert torch.equal(allowed, recorded["attn_allowed_4d"].bool())
 
 
@@ -217,10 +211,10 @@ def test_base_model_matches(base, reference):
     assert torch.equal(inputs["input_ids"], recorded["input_ids"])
     assert torch.equal(inputs["pixel_values"], recorded["pixel_values"])
     with torch.no_grad():
-        prompt = prompt_of(model, inputs)
+        prompt = embed(model, inputs)
         close(prompt.embeds, recorded["inputs_embeds"], 5e-5)
         slots = torch.full((1, 32), model.config.mask_token_id)
-        logits = model.score_answers(prompt, model.lay_out_answers(prompt, 1, 32), slots)
+        logits = model.score_slots(prompt, model.place_answers(prompt, 1, 32), slots)
         close(logits[0], recorded["step0.gen_logits_raw"], 3e-4)
     output = model.generate(**inputs, max_new_tokens=32, block_length=16, steps=16)
     assert torch.equal(output.sequences, recorded["b16g32s16.tokens"])

@@ -9,22 +9,11 @@ import random
 import pytest
 import torch
 
-from perceptiondlm.attention_perceptiondlm import (
-    CAPTION,
-    PAD,
-    ROI,
-    SEPARATOR,
-    SHARED,
-    TokenRoles,
-    allowed_attention,
-    attention_bias,
-    block_positions,
-    exclusive_cumsum,
-    prompt_positions,
-)
+from perceptiondlm.attention_perceptiondlm import attention_mask
+from perceptiondlm.configuration_perceptiondlm import LAYOUTS
+from perceptiondlm.sequence_perceptiondlm import CAPTION, PAD, ROI, SEPARATOR, SHARED, TokenRoles, exclusive_cumsum
 
 
-LAYOUTS = ("isolated", "released", "full")
 ROLES = {"S": SHARED, "R": ROI, "N": SEPARATOR, "C": CAPTION, "P": PAD}
 
 
@@ -123,7 +112,7 @@ def test_attention_follows_the_table(layout, seed):
     rows = [prompt + tail for prompt, tail in zip(prompts, blocks, strict=True)]
     roles = as_roles(rows)
     expected = slow_attention(rows, len(prompts[0]), layout)
-    assert torch.equal(allowed_attention(roles, roles, layout)[:, 0], expected)
+    assert torch.equal(LAYOUTS[layout].allowed(roles, roles)[:, 0], expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -132,10 +121,10 @@ def test_a_step_asks_the_same_as_the_whole_sequence(layout):
     prompts, blocks, *_ = random_rows(7, layout)
     prompt, answers = as_roles(prompts), as_roles(blocks)
     whole = prompt.cat(answers)
-    allowed = allowed_attention(whole, whole, layout)
+    allowed = LAYOUTS[layout].allowed(whole, whole)
     length = len(prompts[0])
-    assert torch.equal(allowed_attention(answers, whole, layout), allowed[:, :, length:])
-    assert torch.equal(allowed_attention(prompt, prompt, layout), allowed[:, :, :length, :length])
+    assert torch.equal(LAYOUTS[layout].allowed(answers, whole), allowed[:, :, length:])
+    assert torch.equal(LAYOUTS[layout].allowed(prompt, prompt), allowed[:, :, :length, :length])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,7 +132,7 @@ def test_every_row_can_attend_to_something(layout):
     """A row without a single key would turn into nan, padding included."""
     prompts, blocks, *_ = random_rows(3, layout)
     roles = as_roles([prompt + tail for prompt, tail in zip(prompts, blocks, strict=True)])
-    assert allowed_attention(roles, roles, layout).any(dim=-1).all()
+    assert LAYOUTS[layout].allowed(roles, roles).any(dim=-1).all()
 
 
 def test_nothing_static_sees_a_caption_only_in_the_isolated_layout():
@@ -152,14 +141,8 @@ def test_nothing_static_sees_a_caption_only_in_the_isolated_layout():
     for layout in LAYOUTS:
         prompts, blocks, *_ = random_rows(5, layout)
         prompt, whole = as_roles(prompts), as_roles(prompts).cat(as_roles(blocks))
-        leaks[layout] = bool(allowed_attention(prompt, whole, layout)[..., len(prompts[0]) :].any())
+        leaks[layout] = bool(LAYOUTS[layout].allowed(prompt, whole)[..., len(prompts[0]) :].any())
     assert leaks == {"isolated": False, "released": True, "full": True}
-
-
-def test_unknown_layout_is_refused():
-    roles = as_roles([[("S",)]])
-    with pytest.raises(ValueError, match=r"'causal'.*isolated.*released.*full"):
-        allowed_attention(roles, roles, "causal")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -192,7 +175,8 @@ def test_other_layouts_count_tokens(layout, seed):
 def all_positions(prompts, blocks, num_blocks, layout):
     """Position ids of prompts and blocks."""
     prompt, answers = as_roles(prompts), as_roles(blocks)
-    pair = (prompt_positions(prompt, layout), block_positions(prompt, answers, num_blocks, layout))
+    rules = LAYOUTS[layout]
+    pair = (rules.prompt_positions(prompt), rules.answer_positions(prompt, answers, num_blocks))
     return torch.cat(pair, dim=1)
 
 
@@ -201,9 +185,9 @@ def test_exclusive_cumsum_counts_what_came_before():
     assert exclusive_cumsum(flags).tolist() == [[0, 1, 1, 2], [0, 0, 0, 1]]
 
 
-def test_bias_forbids_exactly_what_is_not_allowed():
-    allowed = torch.tensor([[True, False], [True, True]])
-    assert attention_bias(allowed, torch.float32, "sdpa") is allowed
-    bias = attention_bias(allowed, torch.float32, "eager")
+def test_mask_forbids_exactly_what_is_not_allowed():
+    allowed, query = torch.tensor([[True, False], [True, True]]), torch.zeros(2, dtype=torch.float32)
+    assert attention_mask(allowed, query, "sdpa") is allowed
+    bias = attention_mask(allowed, query, "eager")
     assert bias.dtype == torch.float32
     assert bias.tolist() == [[0.0, torch.finfo(torch.float32).min], [0.0, 0.0]]

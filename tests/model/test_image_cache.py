@@ -113,6 +113,43 @@ def test_what_cannot_be_kept_is_refused(model, processor, scene, encoded, tiny_m
     wider = tiny_model(text_config={"hidden_size": 64})
     with pytest.raises(ValueError, match="encode it with this model"):
         wider.generate(**processor(images=encoded, masks=masks_of(scene)), encoded_image=encoded)
+
+
+def test_several_questions_in_one_call(model, processor, scene, encoded):
     mixed = processor(images=[encoded] * 2, masks=[masks_of(scene)] * 2, text=[QUESTION, "And here?"])
-    with pytest.raises(ValueError, match="same question"):
-        model.generate(**mixed, encoded_image=encoded)
+    found = model.generate(**mixed, encoded_image=encoded, **SETTINGS).sequences.split(3)
+    for sequences, text in zip(found, (QUESTION, "And here?"), strict=True):
+        plain = model.generate(**processor(images=scene.image, masks=masks_of(scene), text=text), **SETTINGS)
+        assert torch.equal(sequences, plain.sequences)
+
+
+def test_the_question_not_asked_for_longest_is_forgotten_first(model, processor, scene):
+    image = model.encode_image(**processor(images=scene.image, masks=masks_of(scene)))
+    image.max_prefixes = 2
+
+    def ask(text):
+        inputs = processor(images=image, masks=masks_of(scene)[:1], text=text)
+        model.generate(**inputs, encoded_image=image, **SETTINGS)
+        return set(image.prefixes)
+
+    first, both = ask("First?"), ask("Second?")
+    assert ask("First?") == both
+    assert ask("Third?") >= first
+    assert len(image.prefixes) == 2
+
+
+def test_other_weights_are_refused(tiny_model, tiny_processor, scene):
+    """Also of the same shape, of the same model trained further, and in another number format."""
+    model, other = tiny_model(seed=1), tiny_model(seed=2)
+    processor = tiny_processor(model)
+    image = model.encode_image(**processor(images=scene.image, masks=masks_of(scene)))
+    inputs = processor(images=image, masks=masks_of(scene))
+    model.generate(**inputs, encoded_image=image, **SETTINGS)
+    with pytest.raises(ValueError, match="made by other weights"):
+        other.generate(**inputs, encoded_image=image, **SETTINGS)
+    with torch.no_grad():
+        model.projector.linear_1.weight += 0.01
+    with pytest.raises(ValueError, match="made by other weights"):
+        model.generate(**inputs, encoded_image=image, **SETTINGS)
+    with pytest.raises(ValueError, match="made by other weights"):
+        tiny_model(seed=1).bfloat16().generate(**inputs, encoded_image=image, **SETTINGS)

@@ -6,23 +6,24 @@ import random
 import numpy as np
 import pytest
 import torch
+from model_passes import embed
 from PIL import Image
 from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
-from perceptiondlm.attention_perceptiondlm import ROI, SHARED
-from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from perceptiondlm.attention_perceptiondlm import MaskedPass
+from perceptiondlm.configuration_perceptiondlm import FORMER_ROI_FIELDS, ROI_VARIANTS, PerceptionDLMConfig, num_tiles
+from perceptiondlm.inputs_perceptiondlm import PromptInputs
 from perceptiondlm.modeling_perceptiondlm import (
     PerceptionDLMForConditionalGeneration,
-    box_geometry,
     masked_diffusion_loss,
-    merge_tiles,
     noise_answers,
     pixel_unshuffle,
-    roi_align,
     scatter_features,
     token_losses,
 )
+from perceptiondlm.region_features_perceptiondlm import box_geometry, merge_tiles, roi_align
+from perceptiondlm.sequence_perceptiondlm import ROI, SHARED
 from perceptiondlm.training.data.noise import stratified_noise
 
 
@@ -33,6 +34,11 @@ UNSAVED = ("dtype", "_name_or_path", "architectures", "transformers_version", "m
 def region_batch(processor, scene, **kwargs):
     """The scene's regions as model inputs."""
     return processor(images=scene.image, masks=[item.mask for item in scene.objects], **kwargs)
+
+
+def region_tensors(batch) -> dict[str, torch.Tensor]:
+    """The prompt's tensors of a batch."""
+    return {name: value for name, value in batch.items() if name in PromptInputs.tensor_names()}
 
 
 def training_batch(processor, scene, copies: int = 2) -> dict[str, torch.Tensor]:
@@ -155,9 +161,8 @@ def test_regions_are_read_from_their_own_place_in_their_own_image(tiny_model, ti
         ramp = torch.stack((x / (columns * 4), y / (rows * 4)), -1)  # fractions of the image
         pieces.append(ramp.view(rows, 4, columns, 4, 2).transpose(1, 2).reshape(-1, 4, 4, 2))
         pieces.append(torch.full((1, 4, 4, 2), 99.0))  # the thumbnail
-    found = model.replay_regions(
-        torch.cat(pieces), batch["tile_grids"], batch["image_sizes"], batch["num_regions"], batch["region_boxes"], None
-    )
+    tiles = [torch.cat(pieces[:2]), torch.cat(pieces[2:])]
+    found = model.replay_regions(PromptInputs(**region_tensors(batch)).checked(model), tiles)
     sizes = [(192, 128), (192, 128), (60, 130)]
     for tokens, box, (width, height) in zip(found, [*boxes[0], *boxes[1]], sizes, strict=True):
         for index, token in enumerate(tokens.tolist()):
@@ -303,14 +308,14 @@ def hand_built_logits(
     length, total = prompt_embeds.shape[1], embeds.shape[1]
     allowed = torch.ones(1, 1, total, total, dtype=torch.bool)
     allowed[:, :, :length, length:] = prompt_sees_answers
-    logits = model.lm_head(model.language_model(embeds, allowed, torch.arange(total)[None]))[0, length:]
+    logits = model.lm_head(model.language_model(embeds, torch.arange(total)[None], MaskedPass(allowed)))[0, length:]
     starts = [sum(len(block) for block in answers[:index]) for index in range(len(answers))]
     return torch.stack([logits[[start + slot for slot in own]] for start, own in zip(starts, slots, strict=True)])
 
 
 @torch.no_grad()
 def assert_scores(model, batch, ids, answers, slots):
-    embeds = model.embed_prompt(**{name: value for name, value in batch.items() if name != "sample_ids"}).embeds
+    embeds = embed(model, batch).embeds
     sees = model.config.attention_layout != "isolated"
     expected = hand_built_logits(model, embeds, answers, slots, sees)
     torch.testing.assert_close(model(**batch, answer_ids=ids).logits, expected, atol=1e-4, rtol=0)
@@ -333,12 +338,12 @@ def test_isolated_a_caption_follows_its_marker(tiny_model, tiny_processor, scene
     shared_only = batch["input_ids"].shape[1] - 17  # RoI tokens and newline, which no shared token sees
     assert int((batch["token_roles"] == SHARED).sum()) == shared_only
     with torch.no_grad():
-        prompt = model.embed_prompt(**{name: value for name, value in batch.items() if name != "sample_ids"})
+        prompt = embed(model, batch)
         tail = torch.tensor([[model.config.caption_token_ids[0], *ids[0].tolist()]])
         embeds = torch.cat((prompt.embeds, model.get_input_embeddings()(tail)), dim=1)
         group = torch.cat(((batch["token_roles"][0] != SHARED).long(), torch.full((4,), 2)))  # S 0, R 1, C 2
         allowed = (group[:, None] >= group[None, :])[None, None]
-        hidden = model.language_model(embeds, allowed, torch.arange(embeds.shape[1])[None])
+        hidden = model.language_model(embeds, torch.arange(embeds.shape[1])[None], MaskedPass(allowed))
         expected = model.lm_head(hidden)[:, -3:]
         torch.testing.assert_close(model(**batch, answer_ids=ids).logits, expected, atol=1e-4, rtol=0)
 
@@ -362,62 +367,67 @@ def test_everything_of_a_prompt_id_moves_with_it(tiny_model, tiny_processor, sce
     assert not torch.allclose(ignored, expected, atol=1e-2)
 
 
-def test_roi_quirks_move_the_box_and_the_map(tiny_model, tiny_processor):
-    """Each quirk equals the plain rule on a box, or on tiles, changed by hand."""
+FINE = {"vision_config": {"image_size": 256}}  # 16 tokens per tile side: boxes scaled twice still differ
+
+
+def test_published_rois_are_shifted_and_scaled_twice(tiny_model, tiny_processor):
+    """They equal the plain rule on a box and on tiles changed by hand, in generation and in training."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 64, 3), dtype=np.uint8))
     mask = np.zeros((128, 64), bool)
     mask[20:100, 10:50] = True
-    plain = tiny_model()
-    batch = tiny_processor(plain)(images=image, masks=[mask])
+    plain, published = (tiny_model(region_geometry=False, roi_variant=v, **FINE) for v in ("aligned", "released"))
+    batch = region_tensors(tiny_processor(plain)(images=image, masks=[mask]))
     with torch.no_grad():
         tiles = plain.encode_tiles(batch["pixel_values"])
-    names = ("tile_grids", "image_sizes", "num_regions", "region_boxes", "region_coverage")
-    arguments = [batch[name] for name in names]
     assert len(tiles) == 3  # two tiles and the thumbnail
+    shifted = tiles[[1, 2, 0]]
 
-    def replayed(tiles=tiles, **quirks):
-        model = tiny_model(region_geometry=False, **quirks)
+    def replayed(model, tiles, box, training=False):
+        inputs = PromptInputs(**batch | {"region_boxes": torch.tensor([box])}).checked(model)
         with torch.no_grad():
-            return model.replay_regions(tiles, *arguments)
+            return model.replay_regions(inputs, [tiles], training)
 
-    def at(box):
-        changed = torch.tensor([box], dtype=torch.float64)
-        model = tiny_model(region_geometry=False)
-        with torch.no_grad():
-            return model.replay_regions(tiles, *arguments[:3], changed, arguments[4])
-
-    torch.testing.assert_close(replayed(), at([10, 20, 50, 100]))
-    torch.testing.assert_close(replayed(roi_inclusive_boxes=True), at([10, 20, 49, 99]))
-    torch.testing.assert_close(replayed(roi_spatial_scale=0.25), at([2.5, 5, 12.5, 25]))
-    torch.testing.assert_close(replayed(roi_first_tile=1), replayed(tiles=tiles[[1, 2, 0]]))
-    assert not torch.allclose(replayed(roi_first_tile=1), replayed(), atol=1e-2)
+    box = [10, 20, 50, 100]
+    for training, scale in ((False, 1 / 32), (True, 1 / 28)):
+        found = replayed(published, tiles, box, training)
+        by_hand = replayed(plain, shifted, [edge * scale for edge in (10, 20, 49, 99)])
+        torch.testing.assert_close(found, by_hand)
+        for wrong in ((tiles, 49, 99, scale), (shifted, 50, 100, scale), (shifted, 49, 99, 1.0)):
+            other = replayed(plain, wrong[0], [edge * wrong[3] for edge in (10, 20, *wrong[1:3])])
+            assert not torch.allclose(found, other, atol=1e-3)
+    assert not torch.allclose(replayed(published, tiles, box), replayed(published, tiles, box, True), atol=1e-4)
 
 
-def test_a_single_tile_is_its_own_map_under_every_quirk(tiny_model, tiny_processor):
+def test_a_single_tile_is_its_own_map_under_every_variant(tiny_model, tiny_processor):
     """Without a thumbnail there is nothing to shift to."""
-    mask = np.zeros((64, 64), bool)
-    mask[8:40, 8:40] = True
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    found = []
-    for first in (0, 1):
-        model = tiny_model(roi_first_tile=first)
-        batch = tiny_processor(model)(images=image, masks=[mask])
-        with torch.no_grad():
-            found.append(model(**batch, answer_ids=torch.full((1, 4), model.config.mask_token_id)).logits)
-    assert torch.equal(*found)
+    tiles = torch.randn(1, 4, 4, 3)
+    assert torch.equal(ROI_VARIANTS["released"].feature_map(tiles, (1, 1)), tiles[0])
 
 
 def test_training_has_its_own_box_scale(tiny_model, tiny_processor, scene):
-    """The released model trains at 1/28 and generates at 1/32."""
-    quirks = {"roi_spatial_scale": 1 / 4, "roi_training_spatial_scale": 1 / 2}
-    model, other = tiny_model(**quirks), tiny_model(roi_spatial_scale=1 / 2)
+    """With published RoIs the loss does not see what generation sees."""
+    model = tiny_model(roi_variant="released", **FINE)
     batch = training_batch(tiny_processor(model), scene)
-    answers = torch.full((3, 4), model.config.mask_token_id)
-    inputs = region_batch(tiny_processor(model), scene)
     with torch.no_grad():
-        assert torch.equal(model(**batch).loss, other(**batch).loss)
-        generated = [m(**inputs, answer_ids=answers).logits for m in (model, other)]
-    assert not torch.allclose(*generated, atol=1e-3)
+        embeds = [embed(model, batch, training).embeds for training in (True, False)]
+    assert not torch.allclose(*embeds, atol=1e-4)
+    losses = []
+    for training in (True, False):
+        model.embed_prompt = lambda inputs, tiles=None, training=False, _as=training: type(model).embed_prompt(
+            model, inputs, tiles, _as
+        )
+        losses.append(model(**batch).loss.item())
+        del model.embed_prompt
+    assert model(**batch).loss.item() == losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("variant", ["aligned", "released"])
+def test_configs_of_before_name_the_variant_by_its_parts(variant):
+    former = {name: values[variant == "released"] for name, values in FORMER_ROI_FIELDS.items()}
+    assert PerceptionDLMConfig(**former).roi_variant == variant
+    assert not set(former) & set(PerceptionDLMConfig(**former).to_dict())
+    with pytest.raises(ValueError, match=r"'roi_first_tile': 1.*'aligned'.*'released'"):
+        PerceptionDLMConfig(roi_first_tile=1)
 
 
 def test_supervised_markers_give_captions_their_own_length(tiny_model, tiny_processor, scene):
@@ -499,7 +509,7 @@ def test_loss_is_equation_2(weighting):
                 total += nll / float(p[a, 0]) if weighting == "elbo" else nll
                 count += 1
     expected = total / (supervised if weighting == "elbo" else count)
-    nll = token_losses(logits, labels, masked)
+    nll = token_losses(logits[masked], labels, masked)
     assert float(masked_diffusion_loss(nll, labels, masked, p, weighting)) == pytest.approx(expected, rel=1e-5)
     assert float(masked_diffusion_loss(nll, labels, masked, p, weighting, num_items=50)) == pytest.approx(
         expected * (supervised if weighting == "elbo" else count) / 50, rel=1e-5
@@ -510,7 +520,9 @@ def test_loss_is_equation_2(weighting):
 def test_loss_without_a_masked_token_is_zero(weighting):
     labels, p, _, logits = noise_case()
     nothing = torch.zeros_like(labels, dtype=torch.bool)
-    loss = masked_diffusion_loss(token_losses(logits.requires_grad_(), labels, nothing), labels, nothing, p, weighting)
+    loss = masked_diffusion_loss(
+        token_losses(logits.requires_grad_()[nothing], labels, nothing), labels, nothing, p, weighting
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert not logits.grad.any()
@@ -519,7 +531,7 @@ def test_loss_without_a_masked_token_is_zero(weighting):
 def test_unknown_weighting_is_refused():
     labels, p, _, logits = noise_case()
     with pytest.raises(ValueError, match=r"'mean'.*'elbo'.*'masked'"):
-        masked_diffusion_loss(token_losses(logits, labels, labels > 0), labels, labels > 0, p, "mean")
+        masked_diffusion_loss(token_losses(logits[labels > 0], labels, labels > 0), labels, labels > 0, p, "mean")
 
 
 def test_forward_reports_loss_and_mask_of_its_noise(tiny_model, tiny_processor, scene):
@@ -740,9 +752,7 @@ def test_unknown_preset_is_refused():
         ({"region_conditioning": "vision", "num_region_prompts": 17}, "roi_token_ids holds 16 ids, 17"),
         ({"roi_size": 0}, "roi_size.*0"),
         ({"num_region_prompts": 0}, "num_region_prompts.*0"),
-        ({"roi_first_tile": 2}, "roi_first_tile.*2"),
-        ({"roi_spatial_scale": 0.0}, r"roi_spatial_scale.*\(0, 1\].*0.0"),
-        ({"roi_training_spatial_scale": 32}, "roi_training_spatial_scale.*32"),
+        ({"roi_variant": "shifted"}, "roi_variant.*aligned.*released.*'shifted'"),
         ({"text_only": True}, "text_only=True.*none.*replay"),
     ],
 )

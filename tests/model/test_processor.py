@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from perceptiondlm.attention_perceptiondlm import ROI, SEPARATOR, SHARED
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor, best_grid
+from perceptiondlm.sequence_perceptiondlm import ROI, SEPARATOR, SHARED
 
 
 SIDE, PATCHES, TOKENS, BINS = 64, 8, 16, 4  # of the tiny model: tile, patches per side, image tokens, RoI bins per side

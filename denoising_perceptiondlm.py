@@ -1,0 +1,200 @@
+"""Masked-diffusion decoding, step by step.
+
+All answers start fully masked; each step scores the open slots in one pass, picks a token for each, and commits some; a
+committed token stays. Every answer (region) decides for itself, so decoding N regions together gives what decoding them
+one by one gives. An answer that has come to its end leaves the running batch.
+
+Legend: see sequence_perceptiondlm.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_perceptiondlm import shared_schedule
+from .generation_config_perceptiondlm import ADAPTIVE_SAMPLERS, PerceptionDLMGenerationConfig
+from .passes_perceptiondlm import PackedPasses, StaticPasses
+from .sampling_perceptiondlm import Canvas, SlotSampler, TokenSampler, linear_schedule
+
+
+BROKEN = (
+    "the model's logits are not numbers (NaN): weights or activations overflowed. Likely causes: float16 for weights "
+    "made in bfloat16 (load with dtype=torch.bfloat16 or torch.float32), weights that were not loaded or are damaged, "
+    "pixel values that are not finite"
+)
+
+
+class Policy:
+    """What settings mean for a run of answers: who goes on, who leaves, and how many slots a step decides.
+
+    Args:
+        settings: how to decode.
+        static_prompt: whether answers depend on nothing but their prompt, that is, not on each other.
+        answers_can_leave: whether passes can run some of the answers.
+        row_A: row of every answer, on the host.
+    """
+
+    def __init__(
+        self,
+        settings: PerceptionDLMGenerationConfig,
+        static_prompt: bool,
+        answers_can_leave: bool,
+        row_A: list[int],
+        device: torch.device,
+    ):
+        self.length = settings.block_length or settings.max_new_tokens
+        self.blocks = [slice(start, start + self.length) for start in range(0, settings.max_new_tokens, self.length)]
+        self.remasking = settings.remasking
+        alone = not (settings.remasking or settings.shared_schedule)  # whether answers decide for themselves
+        self.closes = alone and settings.early_exit
+        self.closes_together = not static_prompt
+        self.runs_ahead = self.closes or settings.sampler in ADAPTIVE_SAMPLERS  # of its schedule
+        self.leaves = alone and static_prompt and answers_can_leave
+        groups = row_A if settings.shared_schedule else list(range(len(row_A)))
+        sizes = [size for _, size in sorted(Counter(groups).items())]
+        self.plans = self._plans(settings, sizes)
+        self.group_A = torch.tensor(groups, device=device)
+        targets = [[self.plans[group][step] for group in groups] for step in range(self.steps)]
+        self.targets_A = torch.tensor(targets, device=device)  # of every step
+
+    def _plans(self, settings: PerceptionDLMGenerationConfig, sizes: list[int]) -> list[list[int]]:
+        """Decided slots of a block after each step, for groups of so many answers."""
+        steps = settings.steps // settings.num_blocks
+        schedule = shared_schedule if settings.shared_schedule else linear_schedule
+        plans = {size: schedule(size * self.length, steps) for size in set(sizes)}
+        self.steps = max(map(len, plans.values()))
+        return [plans[size] + plans[size][-1:] * (self.steps - len(plans[size])) for size in sizes]
+
+    def open_slots(self, step: int) -> int:
+        """Slots of a block that a schedule leaves open before a step, over all answers; all if they compete again."""
+        total = sum(plan[-1] for plan in self.plans)
+        return total if self.remasking or not step else total - sum(plan[step - 1] for plan in self.plans)
+
+
+@dataclass
+class OpenSlots:
+    """The slots that a step scores.
+
+    Args:
+        answers: the answers that run (A'), None for all.
+        places: (N,) the open slots in the flattened (A', G) of these.
+    """
+
+    answers: list[int] | None
+    places: torch.Tensor
+
+
+class Denoiser:
+    """The loop: steps on a canvas until all slots are decided.
+
+    Args:
+        canvas: fully masked.
+        passes: from slots to hidden states, see passes_perceptiondlm.
+        head: from hidden states to logits (..., V).
+        policy, settings: how to decode.
+        end_ids: tokens that end an answer; the last one fills what follows.
+        vocabulary: V.
+        generator: source of randomness.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        passes: StaticPasses | PackedPasses,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        policy: Policy,
+        settings: PerceptionDLMGenerationConfig,
+        end_ids: tuple[int, ...],
+        vocabulary: int,
+        generator: torch.Generator | None,
+    ):
+        self.canvas, self.passes, self.head, self.policy = canvas, passes, head, policy
+        self.end_ids, self.vocabulary = end_ids, vocabulary
+        self.device = canvas.ids.device
+        suppressed = torch.tensor(settings.suppress_tokens or [], dtype=torch.int64, device=self.device)
+        self.choose_tokens = TokenSampler(
+            settings.temperature, settings.top_k, settings.top_p, suppressed, settings.sampler, generator
+        )
+        self.rank_slots = SlotSampler(
+            settings.sampler, len(canvas.ids), settings.threshold, settings.entropy_bound, generator
+        )
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def steps(self) -> Iterator[None]:
+        """Run the steps; yields after each."""
+        for block in self.policy.blocks:
+            for step in range(self.policy.steps):
+                slots = self._open(block, step)
+                if slots is None:
+                    break
+                self._step(block, step, slots)
+                yield
+
+    def check(self) -> None:
+        """Raise `ValueError` if a pass gave logits that are not numbers."""
+        if self.broken.item():
+            raise ValueError(BROKEN)
+
+    def _open(self, block: slice, step: int) -> OpenSlots | None:
+        """The slots to score; None where all are decided.
+
+        Where answers run ahead of their schedule the device is asked for them, once; elsewhere their number is known.
+        """
+        policy, canvas = self.policy, self.canvas
+        if self.policy.runs_ahead and (step or block.start):
+            state = torch.cat(((~canvas.decided[:, block]).flatten(), self.broken[None])).tolist()
+            if state.pop():
+                raise ValueError(BROKEN)
+            undecided = [state[at : at + policy.length] for at in range(0, len(state), policy.length)]
+            open_answers = [answer for answer, row in enumerate(undecided) if any(row)]
+            if not open_answers:
+                return None
+            answers = open_answers if policy.leaves and len(open_answers) < len(undecided) else None
+            running = range(len(undecided)) if answers is None else answers
+            width = canvas.ids.shape[1]
+            places = [
+                place * width + block.start + slot
+                for place, answer in enumerate(running)
+                for slot, is_open in enumerate(undecided[answer])
+                if is_open
+            ]
+            return OpenSlots(answers, torch.tensor(places, device=self.device))
+        free = torch.zeros_like(canvas.decided)
+        free[:, block] = ~canvas.decided[:, block] | policy.remasking
+        order = free.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        return OpenSlots(None, order[: policy.open_slots(step)])
+
+    def _step(self, block: slice, step: int, slots: OpenSlots) -> None:
+        """One pass, and what it decides."""
+        policy, target = self.policy, self.policy.targets_A[step]
+        index = None if slots.answers is None else torch.tensor(slots.answers, device=self.device)
+        part = self.canvas if index is None else self.canvas.rows(index)
+        group = policy.group_A
+        if index is not None:
+            target, group = target[index], group[index]
+        # 1. score the open slots
+        hidden_AGD = self.passes(part.ids, slots.answers)
+        hidden_ND = hidden_AGD.flatten(0, 1)[slots.places.to(hidden_AGD.device)]
+        scored = self.choose_tokens.score(hidden_ND, self.head, self.vocabulary)
+        tokens, confidence, certainty = (self._spread(values, slots, part) for values in scored)
+        self.broken |= confidence.isnan().any()
+        # 2. rank them, and commit
+        free = torch.zeros_like(part.decided)
+        free[:, block] = ~part.decided[:, block]
+        priority, sure = self.rank_slots(certainty, free, index)
+        if policy.runs_ahead:  # an answer that ran ahead of its schedule still goes on
+            target = torch.maximum(target, part.decided[:, block].sum(dim=1) + 1).clamp(max=policy.length)
+        part.update(tokens, confidence, priority, sure, block, group, target, policy.remasking)
+        # 3. close what has come to its end
+        if policy.closes:
+            part.close(self.end_ids, self.end_ids[-1], policy.closes_together)
+        if index is not None:
+            self.canvas.put(index, part)
+
+    def _spread(self, values_N: torch.Tensor, slots: OpenSlots, part: Canvas) -> torch.Tensor:
+        """Values of the open slots where they stand in (A', G), 0 elsewhere."""
+        values_N = values_N.to(self.device)
+        flat = values_N.new_zeros(part.ids.numel())
+        return flat.scatter(0, slots.places, values_N).view_as(part.ids)
