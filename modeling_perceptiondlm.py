@@ -1,4 +1,4 @@
-"""PerceptionDLM: SigLIP tiles, region replay, and a bidirectional Llama that denoises all captions at once.
+"""PerceptionDLM: encoded tiles, region replay, and a bidirectional Llama that denoises all captions at once.
 
 Reading order: `PerceptionDLMForConditionalGeneration.forward` is the table of contents; the parts stand above it.
 Legend of tensor names: see sequence_perceptiondlm.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, SiglipVisionModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_perceptiondlm import EncodedImage, weights_fingerprint
 from .configuration_perceptiondlm import LOSS_WEIGHTINGS, PerceptionDLMConfig, num_tiles
+from .focal_perceptiondlm import FocalReplay
 from .generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from .generation_perceptiondlm import PerceptionDLMGenerationMixin
 from .inputs_perceptiondlm import PromptInputs
@@ -27,6 +28,7 @@ from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
 from .passes_perceptiondlm import run_packed
 from .region_features_perceptiondlm import RegionReplay, box_geometry, roi_align
 from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
+from .vision_perceptiondlm import build_tower
 
 
 if TYPE_CHECKING:  # named here so that save_pretrained copies these files next to every checkpoint
@@ -54,23 +56,6 @@ class PerceptionDLMOutput(ModelOutput):
     token_losses: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class PromptedSiglipVisionModel(SiglipVisionModel):
-    """SigLIP's vision tower, read at one of its hidden states, with an optional addend per patch (region prompts)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.post_layernorm.requires_grad_(False)  # features are taken before it
-
-    def forward(self, pixel_values: torch.Tensor, feature_layer: int, patch_addend: torch.Tensor | None = None):
-        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run."""
-        hidden_TPC = self.embeddings(pixel_values)
-        if patch_addend is not None:
-            hidden_TPC = hidden_TPC + patch_addend
-        for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
-            hidden_TPC = layer(hidden_TPC, None)
-        return hidden_TPC
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -188,11 +173,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         super().__init__(config)
         self.generation_config = PerceptionDLMGenerationConfig()
         if not config.text_only:
-            self.vision_tower = PromptedSiglipVisionModel(config.vision_config)
+            self.vision_tower = build_tower(config.vision_config, config.vision_feature_layer)
             self.projector = PerceptionDLMProjector(config)
-            for layer in self.vision_tower.encoder.layers[config.vision_feature_layer :][1:]:
-                layer.requires_grad_(False)  # never run
         self.region_replay = RegionReplay(config)
+        self.focal_replay = FocalReplay(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
         self.language_model = BidirectionalLlamaModel(config.text_config)
@@ -207,7 +191,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         magnitude below the image features they are added to, and be learned late.
         """
         super()._init_weights(module)
-        if any(module is layer for layer in self.region_replay.children()):
+        if any(module is layer for part in (self.region_replay, self.focal_replay) for layer in part.children()):
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
@@ -347,12 +331,21 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return [num_tiles(grid) for grid in inputs.tile_grids.tolist()]
 
     @torch.no_grad()
-    def encode_image(self, pixel_values: torch.Tensor, tile_grids: torch.Tensor, image_sizes: torch.Tensor, **_inputs):
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        tile_grids: torch.Tensor,
+        image_sizes: torch.Tensor,
+        picture: Any = None,
+        **_inputs: Any,
+    ) -> EncodedImage:
         """Encode one image for any number of later calls: `generate(..., encoded_image=...)`.
 
         Args:
             pixel_values, tile_grids, image_sizes: of [`PerceptionDLMProcessor`], for one image; its other keys are
                 ignored.
+            picture: the image itself, which later regions of a model with `region_crop_size` or `region_appearance` are
+                cut out of; the pipeline's `encode_image` gives it.
         Returns:
             [`EncodedImage`], which the processor and the pipeline take in place of the image.
         Raises:
@@ -365,7 +358,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         if len(tile_grids) != 1:
             raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
         PromptInputs(pixel_values=pixel_values, tile_grids=tile_grids).check_tiles(self.config)
-        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self))
+        return EncodedImage(
+            self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self), picture
+        )
 
     def check_encoded_image(self, image: EncodedImage) -> None:
         """Refuse an image that other weights encoded."""
@@ -388,8 +383,24 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             prompts_KC = self.region_prompts(torch.arange(config.num_region_prompts, device=prompt_coverage.device))
             coverage = prompt_coverage.flatten(2).to(prompts_KC)
             addend = torch.einsum("tkp,kc->tpc", coverage, prompts_KC)
-        pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
-        return self.projector(self.vision_tower(pixels, config.vision_feature_layer, addend))
+        return self.projector(self.vision_tower(pixel_values, config.vision_feature_layer, addend))
+
+    def focus_regions(self, features_RbD: torch.Tensor, inputs: PromptInputs) -> torch.Tensor:
+        """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
+        config, device, crops, chosen = self.config, features_RbD.device, None, None
+        if inputs.region_crops is not None and config.region_crop_size:
+            boxes_R4 = inputs.crop_boxes.to(device)
+            chosen = (boxes_R4[:, 2] > boxes_R4[:, 0]).nonzero()[:, 0]
+            if len(chosen):
+                pixels_Q = inputs.region_crops[chosen.to(inputs.region_crops.device)]
+                crops = torch.cat(
+                    [
+                        roi_align(crop_nnD, box_4[None], config.roi_size, config.roi_sampling_ratio)
+                        for crop_nnD, box_4 in zip(self.encode_tiles(pixels_Q), boxes_R4[chosen], strict=True)
+                    ]
+                )
+        appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
+        return self.focal_replay(features_RbD, crops, chosen, appearance)
 
     def replay_regions(self, inputs: PromptInputs, tiles: list[torch.Tensor], training: bool = False) -> torch.Tensor:
         """RoI tokens (R, bins², D) of all regions.
@@ -412,7 +423,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 features.append(roi_align(feature_map, boxes, config.roi_size, config.roi_sampling_ratio))
         coverage = None if inputs.region_coverage is None else inputs.region_coverage.to(device)
         geometry = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
-        return self.region_replay(torch.cat(features), coverage, geometry)
+        return self.region_replay(self.focus_regions(torch.cat(features), inputs), coverage, geometry)
 
     def place_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, bare=False):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""

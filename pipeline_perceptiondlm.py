@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Pipeline
 from transformers.image_utils import is_valid_image
 
-from .regions_perceptiondlm import is_encoded
+from .regions_perceptiondlm import is_encoded, load_image
 
 
 REGION_FORMS = ("masks", "boxes", "label_map")
@@ -121,7 +121,7 @@ class RegionCaptioningPipeline(Pipeline):
     def encode_image(self, image: Any) -> Any:
         """Encode an image once; the result stands for it in later calls, with any regions, questions and settings."""
         inputs = self.processor(images=image, text=self.processor.region_question)
-        return self.model.encode_image(**inputs.to(self.device))
+        return self.model.encode_image(**inputs.to(self.device), picture=load_image(image))
 
     def _forward(self, model_inputs, **generate_kwargs: Any) -> dict[str, Any]:
         return {

@@ -14,6 +14,9 @@ s tile side in pixels, P patches per tile side, K region prompts:
     image_sizes      (images, 2) int64      height and width of each image in pixels
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
+    region_crops     (R, 3, c, c) float32   with `region_crop_size` c: crops around the regions, normalised as tiles
+    crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where a crop is skipped
+    region_appearance (R, bins², 6) float32 with `region_appearance`: mean and spread of the colours under the mask
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
     prompt_ids       (R,) int64             under `vision`: prompt id of each region
     region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
@@ -29,6 +32,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_perceptiondlm import ATTENTION_LAYOUTS, REGION_CONDITIONINGS, num_tiles
+from .focal_perceptiondlm import boxes_in_crops, cut_crops, grown_boxes, mask_appearance
 from .regions_perceptiondlm import area_pool, box_coverage, is_encoded, load_image, mask_boxes, region_masks
 from .sequence_perceptiondlm import ROI, SEPARATOR, SHARED
 
@@ -79,6 +83,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         image_mean, image_std (`list[float]`): normalisation of pixels scaled to [0, 1].
         region_conditioning, attention_layout (`str`), use_roi_replay (`bool`), num_region_prompts, roi_size,
             coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
+        region_crop_size (`int`), region_appearance (`bool`): as in the model's config.
+        crop_context (`float`, defaults to 1.3): side of a crop over the longer side of its region's box.
+        crop_max_share (`float`, defaults to 1.0): regions whose box covers more of the image go without a crop.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
         mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks
@@ -106,6 +113,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
         num_region_prompts=6,
         roi_size=4,
         coverage_subsamples=2,
+        region_crop_size=0,
+        region_appearance=False,
+        crop_context=1.3,
+        crop_max_share=1.0,
         max_regions_per_pass=None,
         mask_sampling="area",
         mask_threshold=128,
@@ -119,6 +130,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.region_conditioning, self.attention_layout = region_conditioning, attention_layout
         self.use_roi_replay, self.num_region_prompts = use_roi_replay, num_region_prompts
         self.roi_size, self.coverage_subsamples = roi_size, coverage_subsamples
+        self.region_crop_size, self.region_appearance = region_crop_size, region_appearance
+        self.crop_context, self.crop_max_share = crop_context, crop_max_share
         self.max_regions_per_pass = max_regions_per_pass
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
@@ -138,6 +151,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255], got {self.mask_threshold}")
+        if self.crop_context < 1 or not 0 <= self.crop_max_share <= 1:
+            raise ValueError(
+                f"crop_context must be at least 1 and crop_max_share in [0, 1], got {self.crop_context!r} and "
+                f"{self.crop_max_share!r}"
+            )
         if type(self.sort_regions) is not bool:
             raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
@@ -150,6 +168,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             "use_roi_replay",
             "num_region_prompts",
             "roi_size",
+            "region_crop_size",
+            "region_appearance",
         )
         fields = {name: getattr(config, name) for name in (*shared, "coverage_subsamples", "pixel_unshuffle")}
         fields |= {
@@ -162,7 +182,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "prompt_coverage", "prompt_ids",
+            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "region_crops", "crop_boxes", "region_appearance", "prompt_coverage", "prompt_ids",
             "region_order",
         ]  # fmt: skip
 
@@ -264,6 +284,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 numbers = self._prompt_ids(given, chosen, len(masks), f"prompt_ids{suffix}")
                 row |= self._sequence(before, after, grid, numbers)
                 row |= self._region_features(masks[chosen], grid, numbers)
+                row |= self._own_pixels(image, masks[chosen], row["boxes"], f"image{suffix}")
                 rows.append(row)
         return rows
 
@@ -422,10 +443,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
         grid = self._grid(image.size, max_tiles)
-        tiles = self._cut(image, grid)
-        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-        normalised = (tiles.astype(np.float32) / 255.0 - mean) / std
-        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)), grid
+        return self._normalised(self._cut(image, grid)), grid
 
     def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
         """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""
@@ -450,6 +468,34 @@ class PerceptionDLMProcessor(ProcessorMixin):
         coverage = np.zeros((num_tiles(grid), self.num_region_prompts, patches, patches), np.float32)
         coverage[:, prompt_ids] = pool(masks, grid, prompt_ids)
         return {"boxes": boxes, "prompt_coverage": coverage, "prompt_ids": prompt_ids}
+
+    def _own_pixels(self, image: Any, masks: np.ndarray, boxes: np.ndarray, name: str) -> dict:
+        """What regions bring besides the image's tiles: crops around them, and the colours under their masks."""
+        if not (self.region_crop_size or self.region_appearance):
+            return {}
+        if is_encoded(image) and image.picture is None:
+            raise ValueError(
+                f"{name} is an encoded image without its picture, which this model cuts regions out of: encode it with "
+                "the pipeline's encode_image, or give model.encode_image the picture"
+            )
+        picture = load_image(image.picture if is_encoded(image) else image, name=name)
+        found: dict[str, np.ndarray] = {}
+        if side := self.region_crop_size:
+            size = (picture.height, picture.width)
+            crops = grown_boxes(boxes, size, self.crop_context)
+            extents = boxes[:, 2:] - boxes[:, :2]
+            wanted = extents.prod(axis=1) <= self.crop_max_share * size[0] * size[1]
+            found["crops"] = np.zeros((len(boxes), 3, side, side), np.float32)
+            found["crops"][wanted] = self._normalised(cut_crops(picture, crops[wanted], side))
+            found["crop_boxes"] = boxes_in_crops(boxes, crops) * wanted[:, None].astype(np.float32)
+        if self.region_appearance:
+            found["appearance"] = mask_appearance(np.asarray(picture), masks, boxes, self.roi_size)
+        return found
+
+    def _normalised(self, tiles: np.ndarray) -> np.ndarray:
+        """Pictures (T, s, s, 3) uint8 as the tower takes them: (T, 3, s, s) float32."""
+        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+        return np.ascontiguousarray(((tiles.astype(np.float32) / 255.0 - mean) / std).transpose(0, 3, 1, 2))
 
     def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int], _prompt_ids: np.ndarray) -> np.ndarray:
         """Share of every patch of every tile that each of N regions covers: (T, N, P, P)."""
@@ -504,6 +550,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         for key, name in (
             ("boxes", "region_boxes"),
             ("coverage", "region_coverage"),
+            ("crops", "region_crops"),
+            ("crop_boxes",) * 2,
+            ("appearance", "region_appearance"),
             ("prompt_coverage",) * 2,
             ("prompt_ids",) * 2,
             ("order", "region_order"),

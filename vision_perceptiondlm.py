@@ -1,6 +1,6 @@
 """Vision towers behind one interface: SigLIP's transformer, and EfficientNet-Lite with several strides on one grid.
 
-A tower is built by `build_tower(vision_config)` from the `model_type` of its config. It maps tiles (T, 3, H, W) in
+`build_tower` makes one from the `model_type` of its config. It maps tiles (T, 3, H, W) in
 [-1, 1] to patch features (T, P * P, C) by `tower(pixels, feature_layer, patch_addend)`; the rest of the model reads
 `image_size`, `patch_size`, `hidden_size` (C) and `num_hidden_layers` of the config and knows no more.
 
@@ -70,6 +70,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """C: channels of all feature stages together."""
         return sum(self.stages[stage][4] for stage in self.feature_stages)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Channels of the widest block."""
+        return max(expansion * channels for *_, expansion, channels in self.stages)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -186,8 +191,12 @@ class PromptedSiglipVisionModel(SiglipVisionModel):
         self.post_layernorm.requires_grad_(False)  # features are taken before it
 
     def forward(self, pixel_values: torch.Tensor, feature_layer: int, patch_addend: torch.Tensor | None = None):
-        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run."""
-        hidden_TPC = self.embeddings(pixel_values)
+        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run.
+
+        Positions are interpolated for pictures that are no whole tile (crops).
+        """
+        pixels = pixel_values.to(self.embeddings.patch_embedding.weight.dtype)
+        hidden_TPC = self.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != self.config.image_size)
         if patch_addend is not None:
             hidden_TPC = hidden_TPC + patch_addend
         for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
@@ -195,7 +204,27 @@ class PromptedSiglipVisionModel(SiglipVisionModel):
         return hidden_TPC
 
 
+# What `vision_config.model_type` may be.
 VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "siglip_vision_model": SiglipVisionConfig,
-    "efficientnet_lite": EfficientNetLiteConfig,
+    SiglipVisionConfig.model_type: SiglipVisionConfig,
+    EfficientNetLiteConfig.model_type: EfficientNetLiteConfig,
 }
+
+
+def vision_config_class(model_type: str | None) -> type[PreTrainedConfig]:
+    """The class of a tower's config; SigLIP's without a `model_type`. Raises `ValueError` for an unknown one."""
+    if model_type is None:
+        return SiglipVisionConfig
+    if model_type not in VISION_CONFIGS:
+        raise ValueError(f"vision_config.model_type must be one of {sorted(VISION_CONFIGS)}, got {model_type!r}")
+    return VISION_CONFIGS[model_type]
+
+
+def build_tower(vision_config: Any, feature_layer: int) -> nn.Module:
+    """The tower of a config; layers behind `feature_layer`, which never run, are frozen."""
+    if vision_config.model_type == EfficientNetLiteConfig.model_type:
+        return EfficientNetLiteTower(vision_config)
+    tower = PromptedSiglipVisionModel(vision_config)
+    for layer in tower.encoder.layers[feature_layer:][1:]:
+        layer.requires_grad_(False)
+    return tower

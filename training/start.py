@@ -11,6 +11,7 @@ from perceptiondlm.checkpoints.convert import local_folder
 from perceptiondlm.checkpoints.folder import prepare_config
 from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
 from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, special_token_ids
+from perceptiondlm.checkpoints.vision_towers import load_tower_weights
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -66,9 +67,10 @@ def fresh_model(run: RunConfig) -> Start:
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
     tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
     config = build_config(settings, tokenizer)
-    return PerceptionDLMForConditionalGeneration(config), PerceptionDLMProcessor.from_config(
-        config, tokenizer, **run.processor
-    )
+    model = PerceptionDLMForConditionalGeneration(config)
+    if run.vision_weights is not None:
+        load_tower_weights(model.vision_tower, run.vision_weights)
+    return model, PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
 
 
 def model_from_checkpoint(run: RunConfig, source: str) -> Start:
