@@ -1,8 +1,11 @@
 """Configuration of PerceptionDLM: every id, size and switch of the model, validated where it is read.
 
 The vision tower is one of vision_perceptiondlm (a stock `SiglipVisionConfig` by default), the language model a stock
-`LlamaConfig`; the composite adds what joins them (projector, pixel-unshuffle), how a region enters the network, and which
-attention layout the tokens follow.
+`LlamaConfig`; the composite adds what joins them (projector, pixel-unshuffle), how a region enters the network, and
+which attention layout the tokens follow.
+
+This file is also the seam to released_perceptiondlm, which holds what exists for the published weights alone: each of
+those rules has a switch here, and the rest of the model asks the switch.
 """
 
 from typing import Any

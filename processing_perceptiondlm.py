@@ -15,7 +15,7 @@ s tile side in pixels, P patches per tile side, K region prompts:
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
     region_crops     (R, 3, c, c) float32   with `region_crop_size` c: crops around the regions, normalised as tiles
-    crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where a crop is skipped
+    crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where one is skipped
     region_appearance (R, bins², 6) float32 with `region_appearance`: mean and spread of the colours under the mask
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
     prompt_ids       (R,) int64             under `vision`: prompt id of each region
@@ -182,7 +182,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "region_crops", "crop_boxes", "region_appearance", "prompt_coverage", "prompt_ids",
+            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "region_crops", "crop_boxes",
+            "region_appearance", "prompt_coverage", "prompt_ids",
             "region_order",
         ]  # fmt: skip
 
