@@ -71,17 +71,14 @@ class StaticPass:
             earlier = self.own.layers[layer.layer_idx]
             if self.own_index is not None:
                 index = self.own_index.to(key.device)
-                earlier = (earlier[0][index], earlier[1][index])
+                earlier = (earlier[0].index_select(0, index), earlier[1].index_select(0, index))
             key, value = torch.cat((earlier[0], key), dim=2), torch.cat((earlier[1], value), dim=2)
         options = (layer.scaling, layer.num_key_value_groups, layer.config._attn_implementation)
         output, lse = attend_with_lse(query, key, value, *options)
-        parts, start = [], 0
-        for prefix, count in self.prefixes:
-            run = slice(start, start + count)
-            parts.append(output[run] if prefix is None else behind_prefix(
-                query[run], output[run], lse[run], prefix.layers[layer.layer_idx], options
-            ))  # fmt: skip
-            start += count
+        counts, parts = [count for _, count in self.prefixes], []
+        runs = zip(self.prefixes, query.split(counts), output.split(counts), lse.split(counts), strict=True)
+        for (prefix, _), *run in runs:
+            parts.append(run[1] if prefix is None else behind_prefix(*run, prefix.layers[layer.layer_idx], options))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2), None
 
 
@@ -92,7 +89,7 @@ def behind_prefix(query, output, lse, prefix: tuple[torch.Tensor, torch.Tensor],
     before, before_lse = attend_with_lse(rows, *prefix, *options)
     before = before.view(heads, count, length, width).transpose(0, 1)
     before_lse = before_lse.view(heads, count, length).transpose(0, 1)
-    share = torch.sigmoid(lse - before_lse)[..., None]  # of the softmax's mass that lies on the own tokens
+    share = torch.sigmoid(lse - before_lse).unsqueeze(3)  # of the softmax's mass that lies on the own tokens
     return (before + share * (output.float() - before)).to(query.dtype)
 
 
@@ -119,7 +116,7 @@ def attend_with_lse(query, key, value, scaling: float, groups: int, implementati
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, scale=scaling
         )
-        return output, lse[..., : query.shape[2]]  # the kernel rounds its length up
+        return output, lse.narrow(2, 0, query.shape[2])  # the kernel rounds its length up
     return plain_attention(query, key, value, scaling)
 
 
