@@ -62,9 +62,8 @@ def name_texts(repeats: int) -> Iterable[str]:
     colours = " and ".join(COLOUR_WORDS)
     places = " ".join(f"at the {row} {column}" for row in rows for column in columns)
     for word in dict.fromkeys(words):
-        yield from (
-            f"a {word}, an {word}, {colours}, {' '.join(sizes)}, {places}, in the middle" for _ in range(repeats)
-        )
+        text = f"{word}, a {word}, an {word}, {colours}, {' '.join(sizes)}, {places}, in the middle"
+        yield from (text for _ in range(repeats))
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | list[int]]:
