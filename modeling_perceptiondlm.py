@@ -388,7 +388,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     def focus_regions(self, features_RbD: torch.Tensor, inputs: PromptInputs) -> torch.Tensor:
         """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
         config, device, crops, chosen = self.config, features_RbD.device, None, None
-        if inputs.region_crops is not None and config.region_crop_size:
+        if inputs.region_crops is not None and inputs.crop_boxes is not None and config.region_crop_size:
             boxes_R4 = inputs.crop_boxes.to(device)
             chosen = (boxes_R4[:, 2] > boxes_R4[:, 0]).nonzero()[:, 0]
             if len(chosen):

@@ -77,8 +77,8 @@ class NamedPicture:
         with Image.open(self.segments) as picture:
             channels = np.asarray(picture.convert("RGB")).astype(np.int64)
         ids_HW = channels @ np.array([1, 256, 256**2])
-        masks = np.stack([ids_HW == region.mask for region in self.regions])
-        return region_masks(size, masks=masks, name=f"segments of {self.segments.name}")
+        segments = np.stack([ids_HW == region.mask for region in self.regions])
+        return region_masks(size, masks=segments, name=f"segments of {self.segments.name}")
 
 
 def read_pictures(path: str | Path, image_root: str | Path | None = None) -> list[NamedPicture]:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
     }
     low = 0.0
     for name, limit in SIZE_LIMITS:
-        tests[name] = lambda one, low=low, limit=limit: low <= one.share < limit
+        tests[name] = partial(_between, low, limit)
         low = limit
     tests["things below 0.3 %"] = lambda one: one.isthing and one.share < SIZE_LIMITS[0][1]
     rows = {name: verdict_shares([one for one in results if test(one)]) for name, test in tests.items()}
@@ -115,6 +116,10 @@ def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
         "captions_with_colours": 100 * len(coloured) / len(results),
         "calibration": calibration(results),
     }
+
+
+def _between(low: float, limit: float, one: RegionResult) -> bool:
+    return low <= one.share < limit
 
 
 def verdict_shares(results: Sequence[RegionResult]) -> dict[str, float | int | None]:
