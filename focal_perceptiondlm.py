@@ -105,7 +105,7 @@ class FocalReplay(nn.Module):
             crop_features_QbD: RoI-aligned inside the crops; cropped_Q: the regions that have one.
             appearance_Rb6: see `mask_appearance`.
         """
-        if self.crop_proj is not None and crop_features_QbD is not None:
+        if self.crop_proj is not None and crop_features_QbD is not None and cropped_Q is not None:
             added_QbD = self.crop_proj(crop_features_QbD).to(features_RbD.dtype)
             features_RbD = features_RbD.index_add(0, cropped_Q, added_QbD)
         if self.appearance_proj is not None and appearance_Rb6 is not None:

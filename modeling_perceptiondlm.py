@@ -176,7 +176,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             self.vision_tower = build_tower(config.vision_config, config.vision_feature_layer)
             self.projector = PerceptionDLMProjector(config)
         self.region_replay = RegionReplay(config)
-        self.focal_replay = FocalReplay(config)
+        if config.region_crop_size or config.region_appearance:
+            self.focal_replay = FocalReplay(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
         self.language_model = BidirectionalLlamaModel(config.text_config)
@@ -191,7 +192,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         magnitude below the image features they are added to, and be learned late.
         """
         super()._init_weights(module)
-        if any(module is layer for part in (self.region_replay, self.focal_replay) for layer in part.children()):
+        added = [*self.region_replay.children(), *getattr(self, "focal_replay", nn.Module()).children()]
+        if any(module is layer for layer in added):
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
@@ -388,6 +390,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
     def focus_regions(self, features_RbD: torch.Tensor, inputs: PromptInputs) -> torch.Tensor:
         """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
         config, device, crops, chosen = self.config, features_RbD.device, None, None
+        if not (config.region_crop_size or config.region_appearance):
+            return features_RbD
         if inputs.region_crops is not None and inputs.crop_boxes is not None and config.region_crop_size:
             boxes_R4 = inputs.crop_boxes.to(device)
             chosen = (boxes_R4[:, 2] > boxes_R4[:, 0]).nonzero()[:, 0]
