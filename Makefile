@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --out outputs/demo.png --json outputs/demo.json
+	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --out outputs/demo.png --json outputs/demo.json --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .region_features_perceptiondlm import AlignedRois
-from .released_perceptiondlm import ReleasedLayout, ReleasedRois, released_schedule
+from .released_perceptiondlm import ReleasedLayout, ReleasedRois, nearest_coverage, released_schedule
 from .sequence_perceptiondlm import FullLayout, IsolatedLayout
 from .vision_perceptiondlm import vision_config_class
 
@@ -24,6 +24,7 @@ REGION_CONDITIONINGS = ("replay", "vision", "none")
 ROI_VARIANTS = {"aligned": AlignedRois(), "released": ReleasedRois()}
 LOSS_WEIGHTINGS = ("elbo", "released", "masked")  # the first two are one rule: the paper's and the published code's
 shared_schedule = released_schedule  # how generation's `shared_schedule` spends its steps
+nearest_sampling = nearest_coverage  # what the processor's `mask_sampling="nearest"` asks of a mask
 
 # What `roi_variant` was called in configs of before: values of the variants "aligned" and "released".
 FORMER_ROI_FIELDS: dict[str, tuple[Any, Any]] = {
@@ -104,6 +105,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         image_token_id, mask_token_id, newline_token_id, end_of_turn_token_id, end_of_text_token_id (`int`): ids.
         roi_token_ids, caption_token_ids (`list[int]`): placeholder of a RoI token and marker that opens a caption, by
             prompt id; `"replay"` knows no ids and uses the first of each.
+        image_mean, image_std (`list[float]`): normalisation of tiles in uint8, after they are scaled to [0, 1].
         initializer_range (`float`): standard deviation for new linear and embedding weights.
 
     Raises:
@@ -139,6 +141,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     end_of_text_token_id: int = 126081
     roi_token_ids: list[int] | tuple[int, ...] = LLADA_ROI_TOKEN_IDS
     caption_token_ids: list[int] | tuple[int, ...] = LLADA_CAPTION_TOKEN_IDS
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -8,15 +8,21 @@ above a share of its image skips its crop, since the image shows it as large. Ap
 tower lose: mean and spread of the colours under the mask in each bin.
 
 Legend: R regions, Q regions with a crop, S bins per RoI side, b = S² bins, c crop side in pixels, n image tokens per
-crop side, D language width, N, H, W masks of an image.
+crop side, D language width, N boxes of an image, H x W pixels of a picture.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from .coverage_perceptiondlm import Region
+from .images_perceptiondlm import load_image
 
 
 MIN_CROP_SIDE = 16  # pixels of the image that the longer side of a region counts as at least, before it grows
@@ -54,33 +60,83 @@ def boxes_in_crops(boxes_N4: np.ndarray, crops_N4: np.ndarray) -> np.ndarray:
     return ((boxes_N4 - np.tile(start, 2)) / np.tile(extent, 2)).astype(np.float32)
 
 
-def mask_appearance(pixels_HW3: np.ndarray, masks_NHW: np.ndarray, boxes_N4: np.ndarray, bins: int) -> np.ndarray:
-    """Mean and spread of the colours under each mask in each bin of its box.
+def mask_appearance(pixels_HW3: np.ndarray, mask_HW: np.ndarray, bins: int) -> np.ndarray:
+    """Mean and spread of the colours under a mask in each bin of its box.
 
     Args:
-        pixels_HW3: uint8 (H, W, 3); masks_NHW: bool; boxes_N4: the masks' half-open boxes.
+        pixels_HW3: uint8, the picture inside the box; mask_HW: bool, the mask inside it, not empty.
     Returns:
-        float32 (N, bins², 6) in row-major order, colours scaled to [-1, 1]; a bin without a pixel of the mask carries
-        the values of the whole region.
+        float32 (bins², 6) in row-major order, colours scaled to [-1, 1]; a bin without a pixel of the mask carries the
+        values of the whole region.
     """
-    found = np.empty((len(masks_NHW), bins**2, APPEARANCE_CHANNELS), np.float32)
-    for index, (x0, y0, x1, y1) in enumerate(boxes_N4.tolist()):
-        inside = masks_NHW[index, y0:y1, x0:x1]
-        rows, columns = np.nonzero(inside)
-        colours = pixels_HW3[y0:y1, x0:x1][inside].astype(np.float64) / 127.5 - 1
-        bin_of = rows * bins // (y1 - y0) * bins + columns * bins // (x1 - x0)
-        counts = np.bincount(bin_of, minlength=bins**2)
-        sums, squares = (
-            np.stack([np.bincount(bin_of, values[:, channel], bins**2) for channel in range(3)], axis=1)
-            for values in (colours, colours**2)
-        )
-        filled = counts > 0
-        divisor = np.where(filled, counts, 1)[:, None]
-        means = np.where(filled[:, None], sums / divisor, colours.mean(axis=0))
-        mean_squares = np.where(filled[:, None], squares / divisor, (colours**2).mean(axis=0))
-        spread = np.sqrt(np.maximum(mean_squares - means**2, 0))
-        found[index] = np.concatenate((means, spread), axis=1)
-    return found
+    rows, columns = ([-(-side * part // bins) for part in range(bins + 1)] for side in mask_HW.shape)
+    sums_b7 = np.zeros((bins**2, 7))
+    for index, ((y0, y1), (x0, x1)) in enumerate(product(pairwise(rows), pairwise(columns))):
+        colours = pixels_HW3[y0:y1, x0:x1][mask_HW[y0:y1, x0:x1]].astype(np.float64)
+        sums_b7[index] = (len(colours), *colours.sum(axis=0), *(colours**2).sum(axis=0))
+    sums_b7 = np.where(sums_b7[:, :1] > 0, sums_b7, sums_b7.sum(axis=0))
+    means, squares = np.split(sums_b7[:, 1:] / sums_b7[:, :1], 2, axis=1)
+    spread = np.sqrt(np.maximum(squares - means**2, 0))
+    return np.concatenate((means / 127.5 - 1, spread / 127.5), axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class OwnPixels:
+    """What a processor takes of its regions' own pixels.
+
+    Args:
+        crop_size, appearance, context, max_share, bins: `region_crop_size`, `region_appearance`, `crop_context`,
+            `crop_max_share` and `roi_size` of [`PerceptionDLMProcessor`].
+    """
+
+    crop_size: int
+    appearance: bool
+    context: float
+    max_share: float
+    bins: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is taken."""
+        return bool(self.crop_size or self.appearance)
+
+    def checked(self, picture: Any, size: tuple[int, int], name: str) -> Any:
+        """The picture in RGB; refuses an encoded image without it, or with one of another (height, width)."""
+        if not self.wanted:
+            return None
+        if picture is None:
+            raise ValueError(
+                f"{name} is an encoded image without its picture, which this model cuts regions out of: encode it with "
+                "the pipeline's encode_image, or give model.encode_image the picture"
+            )
+        picture = load_image(picture, name)
+        if (found := (picture.height, picture.width)) != tuple(size):
+            raise ValueError(f"{name} was encoded at {tuple(size)} (height, width), its picture is {found}")
+        return picture
+
+    def measure(self, picture: Image.Image, region: Region) -> dict[str, np.ndarray]:
+        """Of one region: `crops` (1, c, c, 3) uint8, `crop_boxes` (1, 4) and `appearance` (1, bins², 6) float32."""
+        found: dict[str, np.ndarray] = {}
+        box_14, (height, width) = np.array([region.box]), region.image_size
+        if side := self.crop_size:
+            found["crops"], found["crop_boxes"] = np.zeros((1, side, side, 3), np.uint8), np.zeros((1, 4), np.float32)
+            if np.prod(box_14[0, 2:] - box_14[0, :2]) <= self.max_share * height * width:
+                crop_14 = grown_boxes(box_14, region.image_size, self.context)
+                found["crops"] = cut_crops(picture, crop_14, side)
+                found["crop_boxes"] = boxes_in_crops(box_14, crop_14)
+        if self.appearance:
+            pixels_hw3 = np.asarray(picture.crop(region.box))
+            found["appearance"] = mask_appearance(pixels_hw3, region.crop(), self.bins)[None]
+        return found
+
+    def of_pass(
+        self, measured: list[dict[str, np.ndarray]], as_tiles: Callable[[np.ndarray], np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Those of a pass's regions together; crops take the form of tiles."""
+        if not self.wanted:
+            return {}
+        found = {name: np.concatenate([region[name] for region in measured]) for name in measured[0]}
+        return found | ({"crops": as_tiles(found["crops"])} if self.crop_size else {})
 
 
 class FocalReplay(nn.Module):
@@ -102,7 +158,7 @@ class FocalReplay(nn.Module):
         """RoI features (R, b, D) with those of the regions' crops and their colours added.
 
         Args:
-            crop_features_QbD: RoI-aligned inside the crops; cropped_Q: the regions that have one.
+            crop_features_QbD: RoI-aligned inside the crops; cropped_Q: the regions that have one (both may be empty).
             appearance_Rb6: see `mask_appearance`.
         """
         if self.crop_proj is not None and crop_features_QbD is not None and cropped_Q is not None:

@@ -35,7 +35,7 @@ class PromptInputs:
         shown_images: the images of each row, found by `checked`.
     """
 
-    input_ids: torch.Tensor | None = None
+    input_ids: Any = None
     inputs_embeds: torch.Tensor | None = None
     attention_mask: Any = None
     token_roles: Any = None
@@ -45,10 +45,10 @@ class PromptInputs:
     tile_grids: Any = None
     image_sizes: Any = None
     image_ids: torch.Tensor | None = None
-    region_boxes: torch.Tensor | None = None
+    region_boxes: Any = None
     region_coverage: torch.Tensor | None = None
-    region_crops: torch.Tensor | None = None
-    crop_boxes: torch.Tensor | None = None
+    region_crops: Any = None
+    crop_boxes: Any = None
     region_appearance: torch.Tensor | None = None
     prompt_coverage: torch.Tensor | None = None
     prompt_ids: torch.Tensor | None = None
@@ -59,6 +59,13 @@ class PromptInputs:
     def tensor_names() -> tuple[str, ...]:
         """Names of the tensors."""
         return tuple(item.name for item in fields(PromptInputs) if item.name not in ("encoded_image", "shown_images"))
+
+    @property
+    def cropped_regions(self) -> torch.Tensor:
+        """(Q,) int64: the regions that have a crop."""
+        if self.crop_boxes is None:
+            return torch.empty(0, dtype=torch.int64)
+        return (self.crop_boxes[:, 2] > self.crop_boxes[:, 0]).nonzero()[:, 0]
 
     @property
     def roles(self) -> TokenRoles:
@@ -155,7 +162,7 @@ class PromptInputs:
             if len(self.image_ids) != rows:
                 raise ValueError(f"image_ids name the image of {len(self.image_ids)} rows, there are {rows}")
             return [[image] for image in self.image_ids.tolist()]
-        places = (self.input_ids == config.image_token_id).sum(dim=1).tolist()
+        places = torch.eq(self.input_ids, config.image_token_id).sum(dim=1).tolist()
         if self.encoded_image is not None:
             return [[0] if count else [] for count in places]
         if self.tile_grids is None:

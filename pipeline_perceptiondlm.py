@@ -3,28 +3,60 @@
 >>> pipe = pipeline("region-captioning", model=".", trust_remote_code=True)
 >>> pipe(image, masks=masks)
 [{"caption": "...", "score": 0.97, "box": {"xmin": 12, "ymin": 40, "xmax": 96, "ymax": 131}}, ...]
+
+Importing this file registers the task, so that `pipeline("region-captioning", model=model, processor=processor)` works
+with objects, too.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from transformers import Pipeline
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.image_utils import is_valid_image
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from .regions_perceptiondlm import is_encoded, load_image
+from .images_perceptiondlm import is_encoded, is_picture_source, load_image
 
 
-REGION_FORMS = ("masks", "boxes", "label_map")
+TASK = "region-captioning"
+REGION_FORMS = ("masks", "boxes", "label_map", "points")
 SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
-PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles")
+PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks")
+ON_ERROR = ("raise", "skip")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+BAD_SAMPLE = (ValueError, TypeError, OSError)  # what reading and preparing a bad sample raises
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PreparedSample:
+    """A sample on its way to the model: what the processor made of image and regions, or what was wrong with it."""
+
+    number: int | None
+    text: Any = None
+    encoded_image: Any = None
+    passes: list[dict] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class RegionCaptioningPipeline(Pipeline):
     """Captions regions of images with a [`PerceptionDLMForConditionalGeneration`].
 
-    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, and every setting of
-    [`PerceptionDLMGenerationConfig`], such as `steps`, `max_new_tokens`, `temperature`, `seed`.
+    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif` and
+    `resize_masks` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such as `steps`,
+    `max_new_tokens`, `temperature`, `seed`.
+
+    Attributes:
+        failures: under `on_error="skip"`, `{"sample": number, "error": message}` of the samples that the last call
+            could not caption so far.
     """
 
     _load_processor = True
@@ -33,7 +65,10 @@ class RegionCaptioningPipeline(Pipeline):
     _load_feature_extractor = False
     _pipeline_calls_generate = False  # the settings are those of our own generation config
 
-    def __call__(self, images: Any, text=None, masks=None, boxes=None, label_map=None, batch_size=None, **kwargs):
+    def __call__(
+        self, images: Any, text=None, masks=None, boxes=None, label_map=None, points=None, batch_size=None,
+        num_workers=None, on_error="raise", **kwargs,
+    ):  # fmt: skip
         """Caption regions.
 
         Args:
@@ -43,28 +78,42 @@ class RegionCaptioningPipeline(Pipeline):
                 the processor.
             text: question that replaces the default one, for one image or a list with one an image.
             batch_size: images per forward pass, 1 by default.
+            num_workers: threads that read images and regions of the next batches while the model runs, 0 by default.
+            on_error: what a sample that cannot be read does: `"raise"` its error, after the results before it; or
+                `"skip"`: its result is None, a warning and `failures` name it. An error of the model's call before any
+                sample went through is raised in any case, since it comes from the settings.
         Returns:
             for one image, a list with a dict per region, in the order given: `caption` (`str`), `score` (mean
-            probability of its tokens, in [0, 1]) and `box` (`xmin`, `ymin`, `xmax`, `ymax` in pixels, half-open). For
-            a list, a list of those; for a generator or dataset, an iterator of them.
+            probability of its tokens, in [0, 1]) and `box` (`xmin`, `ymin`, `xmax`, `ymax` in pixels, half-open); an
+            image without regions gives an empty list. For a list, a list of those; for a generator or dataset, an
+            iterator of them.
         """
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {ON_ERROR}, got {on_error!r}")
+        size = self._count("batch_size", batch_size, self._batch_size, 1)
+        workers = self._count("num_workers", num_workers, self._num_workers, 0)
         preprocess_params, forward_params, _ = self._sanitize_parameters(**kwargs)
         params = ({**self._preprocess_params, **preprocess_params}, {**self._forward_params, **forward_params})
-        regions = {"masks": masks, "boxes": boxes, "label_map": label_map}
+        regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
         given = {name: value for name, value in (("text", text), *regions.items()) if value is not None}
-        size = next((value for value in (batch_size, self._batch_size) if value is not None), 1)
-        if type(size) is not int or size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {size!r}")
-        if isinstance(images, dict) or self._is_image(images):
-            sample = images if isinstance(images, dict) else {"image": images}
-            return next(self._run([{**sample, **given}], 1, *params))
-        if isinstance(images, (list, tuple)):
-            return list(self._run(self._samples(images, given), size, *params))
-        if not (isinstance(images, Iterable) or hasattr(images, "__getitem__")) or isinstance(images, bytes):
+        self.failures: list[dict[str, Any]] = []
+        if self._is_image(images) or isinstance(images, Mapping):
+            sample = {"image": images} if self._is_image(images) else images
+            return next(self._run([{**sample, **given}], *params, on_error=on_error, single=True))
+        if isinstance(images, Sequence):
+            return list(self._run(self._samples(images, given), *params, size, workers, on_error))
+        if not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
             raise TypeError(f"images is a {type(images).__name__}; accepted: an image, a list, generator or dataset")
         if given:
             raise ValueError(f"a dataset's samples carry their own regions: leave out {sorted(given)}")
-        return self._run(images, size, *params)
+        return self._run(images, *params, size, workers, on_error)
+
+    @staticmethod
+    def _count(name: str, given: Any, default: Any, least: int) -> int:
+        value = next((value for value in (given, default) if value is not None), least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        return value
 
     def _sanitize_parameters(self, **kwargs):
         preprocess = {name: kwargs.pop(name) for name in PROCESSOR_KEYS if name in kwargs}
@@ -72,56 +121,116 @@ class RegionCaptioningPipeline(Pipeline):
 
     @staticmethod
     def _is_image(value: Any) -> bool:
-        return is_encoded(value) or isinstance(value, str) or hasattr(value, "__fspath__") or is_valid_image(value)
+        return is_encoded(value) or is_picture_source(value) or is_valid_image(value)
 
-    @staticmethod
-    def _samples(images: Iterable[Any], given: dict[str, Any]) -> list[dict[str, Any]]:
-        """One dict per image of a list; regions and texts come one per image."""
-        images = list(images)
-        samples = [dict(image) if isinstance(image, dict) else {"image": image} for image in images]
+    def _samples(self, images: Sequence[Any], given: dict[str, Any]) -> list[Any]:
+        """One sample per image of a list; regions and texts come one per image."""
+        is_sample = [isinstance(image, Mapping) and not self._is_image(image) for image in images]
+        samples = [dict(i) if whole else {"image": i} for i, whole in zip(images, is_sample, strict=True)]
         for name, values in given.items():
             if name == "text" and isinstance(values, str):
                 values = [values] * len(samples)
-            if not isinstance(values, (list, tuple)) or len(values) != len(samples):
-                found = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+            listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+            if not listed or len(values) != len(samples):
+                found = len(values) if listed else type(values).__name__
                 raise ValueError(f"{len(samples)} images need a list of {len(samples)} entries of {name}, got {found}")
             for sample, value in zip(samples, values, strict=True):
                 sample[name] = value
         return samples
 
-    def _run(self, samples: Iterable[dict[str, Any]], batch_size: int, preprocess_params, forward_params) -> Iterator:
-        """Batches of samples through preprocess, forward and postprocess; results one by one."""
-        iterator = iter(samples)
-        while batch := list(itertools.islice(iterator, batch_size)):
-            inputs = self.preprocess(batch, **preprocess_params)
-            yield from self.postprocess(self.forward(inputs, **forward_params))
+    def _run(
+        self, samples: Any, preprocess_params, forward_params, batch_size=1, workers=0, on_error="raise", single=False
+    ) -> Iterator:
+        """Samples through preparation, model and postprocessing in batches; results one by one, in order."""
+        work = partial(self._prepare, single=single, **preprocess_params)
+        numbered = enumerate(_each(samples, skip=on_error == "skip"))
+        prepared = _ahead(numbered, work, workers, batch_size + workers)
+        went_through = False
+        while batch := list(itertools.islice(prepared, batch_size)):
+            bad = next((sample for sample in batch if sample.error is not None), None)
+            if bad is not None and on_error == "raise":
+                yield from self._caption(batch[: batch.index(bad)], forward_params)
+                raise bad.error
+            try:
+                results = self._caption([sample for sample in batch if sample.error is None], forward_params)
+            except BAD_SAMPLE:
+                if on_error == "raise" or not went_through:
+                    raise
+                results = self._caption_one_by_one(batch, forward_params)
+            went_through = went_through or len(results) > 0
+            following = iter(results)
+            for sample in batch:
+                if sample.error is None:
+                    yield next(following)
+                else:
+                    self._note(sample)
+                    yield None
 
-    def preprocess(self, samples: list[dict[str, Any]], **processor_kwargs: Any) -> dict[str, Any]:
-        """Samples to model inputs; all samples of a batch give their regions in one form."""
-        for sample in samples:
+    def _note(self, sample: PreparedSample) -> None:
+        """Remember and report a sample that failed; its result is None."""
+        self.failures.append({"sample": sample.number, "error": str(sample.error)})
+        logger.warning("%s; its result is None", sample.error)
+
+    def _prepare(self, numbered: tuple[int, Any], single: bool, **processor_kwargs: Any) -> PreparedSample:
+        """What the processor makes of a sample's image and regions; runs in worker threads, which leave text alone."""
+        number, sample = numbered
+        prepared = PreparedSample(None if single else number)
+        try:
+            if isinstance(sample, Exception):
+                raise sample
             if not isinstance(sample, Mapping):
                 raise TypeError(f"a sample is a {type(sample).__name__}; accepted: a dict with {SAMPLE_KEYS}")
-        forms = [tuple(form for form in REGION_FORMS if sample.get(form) is not None) for sample in samples]
-        for sample, given in zip(samples, forms, strict=True):
+            given = [form for form in REGION_FORMS if sample.get(form) is not None]
             if "image" not in sample or len(given) != 1:
                 known = [key for key in sample if key in SAMPLE_KEYS]
                 raise ValueError(f"a sample needs 'image' and one of {REGION_FORMS}, got {known}")
-        if len(set(forms)) > 1:
-            raise ValueError(f"the samples of a batch must give regions in one form, got {sorted(set(forms))}")
-        (form,) = forms[0]
-        texts = [sample.get("text") or self.processor.region_question for sample in samples]
-        images = [sample["image"] for sample in samples]
-        encoded = [image for image in images if is_encoded(image)]
+            image = sample["image"]
+            prepared.text = sample.get("text") or self.processor.region_question
+            prepared.encoded_image = image if is_encoded(image) else None
+            prepared.passes = self.processor.region_passes(image, given[0], sample[given[0]], **processor_kwargs)
+        except BAD_SAMPLE as error:
+            prepared.error = _named(error, prepared.number)
+        return prepared
+
+    def _caption(self, samples: list[PreparedSample], forward_params) -> list[list[dict[str, Any]]]:
+        """Results of a batch of samples; images without regions never reach the model."""
+        filled = [sample for sample in samples if sample.passes]
+        if not filled:
+            return [[] for _ in samples]
+        outputs = self.forward(self.preprocess(filled), **forward_params)
+        results = iter(self.postprocess(outputs, len(filled)))
+        return [next(results) if sample.passes else [] for sample in samples]
+
+    def _caption_one_by_one(self, batch: list[PreparedSample], forward_params) -> list[list[dict[str, Any]]]:
+        """Results of the samples of a batch that the model takes; the others get their error."""
+        results = []
+        for sample in batch:
+            if sample.error is None:
+                try:
+                    results += self._caption([sample], forward_params)
+                except BAD_SAMPLE as error:
+                    sample.error = _named(error, sample.number)
+        return results
+
+    def preprocess(self, samples: list[PreparedSample]) -> dict[str, Any]:
+        """Prepared samples, each with a region at least, to model inputs."""
+        encoded = [sample.encoded_image for sample in samples if sample.encoded_image is not None]
         if encoded and len(samples) > 1:
             raise ValueError("encoded images are captioned one by one: use batch_size=1")
-        regions = {form: [sample[form] for sample in samples]}
-        inputs = self.processor(images=images, text=texts, **regions, **processor_kwargs)
+        rows = []
+        for index, sample in enumerate(samples):
+            if not isinstance(sample.text, str):
+                raise TypeError(f"text must be a string, got {type(sample.text).__name__}")
+            rows += self.processor.lay_out(sample.passes, sample.text, index)
+        inputs = self.processor.collate(rows)
         return {**inputs, "encoded_image": encoded[0]} if encoded else inputs
 
     def encode_image(self, image: Any) -> Any:
         """Encode an image once; the result stands for it in later calls, with any regions, questions and settings."""
-        inputs = self.processor(images=image, text=self.processor.region_question)
-        return self.model.encode_image(**inputs.to(self.device), picture=load_image(image))
+        picture = load_image(image)
+        inputs = self.processor(images=picture, text=self.processor.region_question)
+        kept = picture if self.processor.own_pixels.wanted else None
+        return self.model.encode_image(**inputs.to(self.device), picture=kept)
 
     def _forward(self, model_inputs, **generate_kwargs: Any) -> dict[str, Any]:
         return {
@@ -134,15 +243,66 @@ class RegionCaptioningPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    def postprocess(self, model_outputs: dict[str, Any], num_images: int | None = None) -> list[list[dict[str, Any]]]:
         """Model outputs to a list per image of `{"caption", "score", "box"}`."""
-        captions = self.processor.post_process_region_captions(model_outputs["output"], output_scores=True)
+        captions = self.processor.post_process_region_captions(model_outputs["output"], True, num_images)
         corners = iter(model_outputs["boxes"][model_outputs["output"].region_indices].tolist())
-        names = ("xmin", "ymin", "xmax", "ymax")
         return [
-            [{**region, "box": dict(zip(names, next(corners), strict=True))} for region in regions]
+            [{**region, "box": dict(zip(CORNERS, next(corners), strict=True))} for region in regions]
             for regions in captions
         ]
 
+
+def _each(samples: Any, skip: bool) -> Iterator[Any]:
+    """The samples, one by one. A sequence ends at its length; with `skip` a place that cannot be read is its error."""
+    indexed = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
+    if not indexed or isinstance(samples, IterableDataset):
+        yield from samples
+    elif isinstance(samples, (Sequence, Dataset)) or hasattr(samples, "column_names"):
+        for index in range(len(samples)):
+            try:
+                sample = samples[index]
+            except BAD_SAMPLE as error:
+                if not skip:
+                    raise
+                sample = error
+            yield sample
+    else:
+        yield from itertools.islice(iter(samples), len(samples))
+
+
+def _ahead(items: Iterable[Any], work: Any, workers: int, ahead: int) -> Iterator[Any]:
+    """The results of `work` on every item, in order; with workers, those of the next items are made beside."""
+    if not workers:
+        yield from map(work, items)
+        return
+    waiting: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _named(error: Exception, number: int | None) -> Exception:
+    """The error with the number of its sample, counted from the start of the run."""
+    if number is None:
+        return error
+    kinds = (FileNotFoundError, OSError, TypeError, ValueError)
+    named = next(kind for kind in kinds if isinstance(error, kind))(f"sample {number}: {error}")
+    named.__cause__ = error
+    return named
+
+
+if TASK not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, RegionCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+    )
 
 __all__ = ["RegionCaptioningPipeline"]

@@ -7,14 +7,17 @@ s tile side in pixels, P patches per tile side, K region prompts:
     attention_mask   (B, L) int64     1 for tokens, 0 for padding (on the right)
     token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of sequence_perceptiondlm
     region_ids       (B, L) int64     region of a RoI or separator token within its row, -1 elsewhere
+                                      (of a shared token the turn from which on it is seen, -1 always: training alone)
     num_regions      (B,) int64       regions of each row, 0 for plain text
     sample_ids       (B,) int64       which sample a row belongs to: an image may need several passes, hence rows
-    pixel_values     (T, 3, s, s) float32   tiles in row-major order, thumbnail last, normalised
+    pixel_values     (T, 3, s, s) uint8     tiles in row-major order, thumbnail last; the model normalises them. Floats
+                                            are normalised already
     tile_grids       (images, 2) int64      columns and rows of each image
     image_sizes      (images, 2) int64      height and width of each image in pixels
+    image_ids        (B,) int64             image of each row, where several rows show groups of one image's regions
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
-    region_crops     (R, 3, c, c) float32   with `region_crop_size` c: crops around the regions, normalised as tiles
+    region_crops     (R, 3, c, c) uint8     with `region_crop_size` c: crops around the regions, like `pixel_values`
     crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where one is skipped
     region_appearance (R, bins², 6) float32 with `region_appearance`: mean and spread of the colours under the mask
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
@@ -22,6 +25,7 @@ s tile side in pixels, P patches per tile side, K region prompts:
     region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +35,18 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_perceptiondlm import ATTENTION_LAYOUTS, REGION_CONDITIONINGS, num_tiles
-from .focal_perceptiondlm import boxes_in_crops, cut_crops, grown_boxes, mask_appearance
-from .regions_perceptiondlm import area_pool, box_coverage, is_encoded, load_image, mask_boxes, region_masks
+from .configuration_perceptiondlm import (
+    ATTENTION_LAYOUTS,
+    LAYOUTS,
+    REGION_CONDITIONINGS,
+    nearest_sampling,
+    num_tiles,
+)
+from .coverage_perceptiondlm import Region
+from .focal_perceptiondlm import OwnPixels
+from .images_perceptiondlm import is_encoded, read_image
+from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
+from .regions_perceptiondlm import regions_of
 from .sequence_perceptiondlm import ROI, SEPARATOR, SHARED
 
 
@@ -42,32 +55,22 @@ ROI_TOKEN, CAPTION_TOKEN, PROMPT_TOKEN = "<|reserved_token_{}|>", "<|Mask_Cap_{}
 MASK_TOKEN, END_OF_TURN, END_OF_TEXT = "<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>"
 START_HEADER = "<|start_header_id|>"
 MASK_SAMPLINGS = ("area", "nearest")
+REGION_FORMS = ("masks", "boxes", "label_map", "points")
 
 
-def chat_template(start: str = "", after_header: str = "\n", after_image: str = "", after_turn: str = "\n") -> str:
-    """A Jinja template in LLaDA's chat format, with what stands at the start, after a header, an image and a turn.
-
-    Images stand where the message puts them; an assistant header is opened on request. `generation` marks what the
-    assistant says: `return_assistant_tokens_mask` and training find the answers by it.
-    """
-    image = f"<img><IMG_CONTEXT></img>{after_image}"
-    header = "<|start_header_id|>{}<|end_header_id|>{{{{ {!r} }}}}"
-    return (
-        "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-        f"{{% if part['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
-        "{% endfor %}{% endif %}{% endmacro %}"
-        + start
-        + "{% for message in messages %}"
-        + header.format("{{ message['role'] }}", after_header)
-        + "{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ body(message['content']) }}<|eot_id|>{% endgeneration %}"
-        "{% else %}{{ body(message['content']) }}<|eot_id|>{% endif %}"
-        f"{{{{ {after_turn!r} }}}}{{% endfor %}}"
-        "{% if add_generation_prompt %}" + header.format("assistant", after_header) + "{% endif %}"
-    )
-
-
-CHAT_TEMPLATE = chat_template()
+# LLaDA's chat format. Images stand where the message puts them; an assistant header is opened on request. `generation`
+# marks what the assistant says: `return_assistant_tokens_mask` and training find the answers by it. The variants of
+# other checkpoints are built in checkpoints/.
+CHAT_TEMPLATE = (
+    "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<img><IMG_CONTEXT></img>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>{{ '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ body(message['content']) }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ body(message['content']) }}<|eot_id|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n' }}{% endif %}"
+)
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
@@ -80,7 +83,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         patch_size (`int`), pixel_unshuffle (`int`): as in the model's config; an image token covers
             `patch_size * pixel_unshuffle` pixels.
         max_tiles (`int`, defaults to 6): most grid tiles of one image, thumbnail not counted.
-        image_mean, image_std (`list[float]`): normalisation of pixels scaled to [0, 1].
+        image_mean, image_std (`list[float]`): the model normalises the tiles, by its own config. Other values than its
+            default of 0.5 are applied here, and the tiles are then float32.
         region_conditioning, attention_layout (`str`), use_roi_replay (`bool`), num_region_prompts, roi_size,
             coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
         region_crop_size (`int`), region_appearance (`bool`): as in the model's config.
@@ -89,11 +93,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
         mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks
-            one pixel per patch of the resized mask, as the released model does, where small regions can vanish.
+            one pixel per patch of the resized mask, as the published weights know it, where small regions can vanish.
         mask_threshold (`int`, defaults to 128): grey level from which a pixel of a lossily compressed mask picture
-            belongs to the region. The released model takes every level but 0.
-        sort_regions (`bool`): whether regions enter the sequence by area, largest first (released). Captions come back
-            in the order given in any case.
+            belongs to the region. The published weights take every level but 0.
+        sort_regions (`bool`): whether regions enter the sequence by area, largest first, as the published weights
+            know it. Captions come back in the order given in any case.
         system_prompt (`str`, *optional*), region_question (`str`): the turns of a region prompt.
     """
 
@@ -182,10 +186,16 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "region_boxes", "region_coverage", "region_crops", "crop_boxes",
-            "region_appearance", "prompt_coverage", "prompt_ids",
-            "region_order",
+            "tile_grids", "image_sizes", "image_ids", "region_boxes", "region_coverage", "region_crops", "crop_boxes",
+            "region_appearance", "prompt_coverage", "prompt_ids", "region_order",
         ]  # fmt: skip
+
+    @property
+    def own_pixels(self) -> OwnPixels:
+        """What regions bring besides their image's tiles."""
+        return OwnPixels(
+            self.region_crop_size, self.region_appearance, self.crop_context, self.crop_max_share, self.roi_size
+        )
 
     @property
     def patches_per_side(self) -> int:
@@ -204,9 +214,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
         masks: Any = None,
         boxes: Any = None,
         label_map: Any = None,
+        points: Any = None,
         prompt_ids: Any = None,
         max_regions_per_pass: int | None = None,
         max_tiles: int | None = None,
+        exif: str | None = None,
+        resize_masks: bool = False,
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -218,11 +231,16 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 also a list of lists, the images of each text.
             text: with regions, the question instead of `region_question` (one, or one per image). Without, a question,
                 or a prompt rendered by `apply_chat_template` (one, or one per sample).
-            masks, boxes, label_map: the regions, in any form of `region_masks`; one of the three. For a list of images,
-                a list with the regions of each.
+            masks, boxes, label_map: the regions, in any form of `regions_of`; one of the three. For a list of images,
+                a list with the regions of each. An image without regions gives no row.
+            points: refused by name: a segmenter makes masks of them.
             prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list
                 of images a list of lists). By default 0, 1, ... in the order of the sequence.
             max_regions_per_pass, max_tiles: override the processor's.
+            exif: whether regions refer to the pixels as `"stored"` or to the picture with its EXIF orientation
+                `"applied"`, as transformers' and OpenCV's loaders show it. By default as stored, with a warning where
+                the two differ and the regions do not tell.
+            resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
             return_tensors: only "pt".
         Returns:
             `BatchFeature` with the keys listed at the top of this file.
@@ -235,27 +253,39 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise TypeError(f"unknown processor keywords {unknown}")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        regions = {"masks": masks, "boxes": boxes, "label_map": label_map}
+        regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
         given = [name for name, value in regions.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"give regions in one form, got {given}")
         if given:
             form, value = given[0], regions[given[0]]
-            rows = self.region_rows(images, text, form, value, max_regions_per_pass, max_tiles, prompt_ids)
+            rows = self.region_rows(
+                images, text, form, value, max_regions_per_pass, max_tiles, prompt_ids, exif, resize_masks
+            )
+            if not rows:
+                accepted = "at least 1 in a batch (the pipeline gives [] for an image without regions)"
+                raise ValueError(f"{form} holds no region; accepted: {accepted}")
         elif text is None:
             raise ValueError("nothing to do: give regions (masks, boxes or label_map) to caption, or text to answer")
         else:
-            rows = self.text_rows(images, text, max_tiles)
+            rows = self.text_rows(images, text, max_tiles, exif)
         return self.collate(rows)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
     def region_rows(
-        self, images, text, form: str, regions, max_regions_per_pass=None, max_tiles=None, prompt_ids=None
+        self,
+        images,
+        text,
+        form: str,
+        regions,
+        max_regions_per_pass=None,
+        max_tiles=None,
+        prompt_ids=None,
+        exif=None,
+        resize_masks=False,
     ) -> list[dict]:
-        """One row per pass of every image."""
-        if self.region_conditioning == "none":
-            raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
+        """One row per pass of every image; none of an image without regions."""
         if images is None:
             raise ValueError(f"{form} were given without an image")
         batched = isinstance(images, (list, tuple))
@@ -271,23 +301,80 @@ class PerceptionDLMProcessor(ProcessorMixin):
         questions = self._per_sample(text, len(images)) if text is not None else [self.region_question] * len(images)
         rows = []
         for index, (image, region, question, given) in enumerate(zip(images, regions, questions, ids, strict=True)):
-            suffix = f"[{index}]" if batched else ""
-            tiles, grid, size = self._picture(image, max_tiles, f"image{suffix}")
-            masks = region_masks(size, **{form: region}, name=f"{form}{suffix}", threshold=self.mask_threshold)
-            order = np.arange(len(masks))
-            if self.sort_regions:
-                order = masks.sum(axis=(1, 2)).argsort()[::-1]
-            before, after = self._region_prompt(question)
-            for group in self._groups(len(masks), max_regions_per_pass):
-                chosen = order[group]
-                row = {"sample_id": index, "tiles": tiles, "grids": [grid], "sizes": [size]}
-                row |= {"order": chosen} if self.sort_regions else {}
-                numbers = self._prompt_ids(given, chosen, len(masks), f"prompt_ids{suffix}")
-                row |= self._sequence(before, after, grid, numbers)
-                row |= self._region_features(masks[chosen], grid, numbers)
-                row |= self._own_pixels(image, masks[chosen], row["boxes"], f"image{suffix}")
-                rows.append(row)
+            passes = self.region_passes(
+                image, form, region, max_regions_per_pass, max_tiles, given, exif, resize_masks,
+                suffix=f"[{index}]" if batched else "",
+            )  # fmt: skip
+            rows += self.lay_out(passes, question, index)
         return rows
+
+    def region_passes(
+        self,
+        image,
+        form: str,
+        regions,
+        max_regions_per_pass=None,
+        max_tiles=None,
+        prompt_ids=None,
+        exif=None,
+        resize_masks=False,
+        suffix: str = "",
+    ) -> list[dict]:
+        """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
+
+        Regions are read and measured one by one; none is kept but under `mask_sampling="nearest"`.
+
+        Args:
+            suffix: stands behind the names of image and regions in messages.
+        """
+        if self.region_conditioning == "none":
+            raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
+        tiles, grid, size, turned, picture = self._picture(image, max_tiles, f"image{suffix}", exif)
+        own_pixels = self.own_pixels
+        picture = own_pixels.checked(picture, size, f"image{suffix}")
+        found = regions_of(
+            size, **{form: regions}, name=f"{form}{suffix}", threshold=self.mask_threshold, resize_masks=resize_masks,
+            size_hint=f"; the picture carries EXIF orientation {turned}, see exif" if turned != 1 else "",
+        )  # fmt: skip
+        nearest = self.region_conditioning == "vision" and self.mask_sampling == "nearest"
+        kept, boxes, areas, features, own, told = [], [], [], [], [], True
+        for region in found:
+            boxes.append(region.box)
+            areas.append(region.area)
+            own.append(own_pixels.measure(picture, region) if own_pixels.wanted else {})
+            told = told and region.tells_size
+            if nearest:
+                kept.append(region)
+            else:
+                features.append(self._coverage(region, grid))
+        if turned != 1 and boxes and not (told and turned >= 5 and size[0] != size[1]):
+            warn_of_orientation(f"image{suffix}", turned)
+        order = np.array(areas).argsort()[::-1] if self.sort_regions else np.arange(len(boxes))
+        passes = []
+        for group in self._groups(len(boxes), max_regions_per_pass):
+            chosen = order[group]
+            numbers = self._prompt_ids(prompt_ids, chosen, len(boxes), f"prompt_ids{suffix}")
+            row = {"tiles": tiles, "grids": [grid], "sizes": [size], "numbers": numbers}
+            row["boxes"] = np.array([boxes[index] for index in chosen], dtype=np.int64)
+            row |= {"order": chosen} if self.sort_regions else {}
+            if nearest:
+                cut, step = lambda picture: self._cut(picture, grid), self.patch_size
+                measured = [nearest_sampling(kept[i], k, cut, step) for i, k in zip(chosen, numbers, strict=True)]
+            else:
+                measured = [features[index] for index in chosen]
+            row |= own_pixels.of_pass([own[index] for index in chosen], self._as_tiles)
+            passes.append(row | self._coverage_of_pass(measured, numbers))
+        return passes
+
+    def lay_out(self, passes: list[dict], question: str, sample: int) -> list[dict]:
+        """Rows of an image's passes: their prompts beside what `region_passes` made of image and regions."""
+        if not passes:
+            return []
+        before, after = self._region_prompt(question)
+        return [
+            {**row, "sample_id": sample, **self._sequence(before, after, row["grids"][0], row["numbers"])}
+            for row in passes
+        ]
 
     def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str) -> np.ndarray:
         """Prompt ids of the regions `chosen` for a pass, out of those given for all regions of an image."""
@@ -302,7 +389,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise ValueError(f"{name} gives a pass the ids {ids.tolist()}; accepted: {accepted}")
         return ids
 
-    def text_rows(self, images, text, max_tiles=None) -> list[dict]:
+    def text_rows(self, images, text, max_tiles=None, exif=None) -> list[dict]:
         """One row per text; each may have several images."""
         texts = self._texts(text, 1)
         if images is None:
@@ -317,9 +404,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
-            pictures = [self._picture(image, max_tiles, f"images[{index}][{i}]") for i, image in enumerate(group)]
-            grids = [grid for _, grid, _ in pictures]
-            tiles = [tiles for tiles, _, _ in pictures if tiles is not None]
+            names = [f"images[{index}][{place}]" for place in range(len(group))]
+            pictures = [self._picture(*each, exif) for each in zip(group, [max_tiles] * len(group), names, strict=True)]
+            grids = [grid for _, grid, *_ in pictures]
+            tiles = [tiles for tiles, *_ in pictures if tiles is not None]
             ids = self._expand_images(self._tokenize(self._wrap(prompt, len(group))), grids, f"text[{index}]")
             rows.append(
                 {
@@ -330,19 +418,22 @@ class PerceptionDLMProcessor(ProcessorMixin):
                     "num_regions": 0,
                     "tiles": np.concatenate(tiles) if tiles else None,
                     "grids": grids,
-                    "sizes": [size for _, _, size in pictures],
+                    "sizes": [size for _, _, size, *_ in pictures],
                 }
             )
         return rows
 
-    def _picture(self, image, max_tiles: int | None, name: str):
-        """Tiles, grid and (height, width) of an image; an `EncodedImage` has no tiles any more."""
+    def _picture(self, image, max_tiles: int | None, name: str, exif: str | None):
+        """Tiles, grid, (height, width), undecided EXIF orientation and the picture itself, as it was tiled.
+
+        An `EncodedImage` has no tiles any more, and its picture only where the model needs it.
+        """
         if is_encoded(image):
             grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
-            return None, tuple(grid), tuple(size)
-        image = load_image(image, name=name)
+            return None, tuple(grid), tuple(size), 1, image.picture
+        image, turned = read_image(image, name, exif)
         tiles, grid = self.tile(image, max_tiles)
-        return tiles, grid, (image.height, image.width)
+        return tiles, grid, (image.height, image.width), turned, image
 
     def _groups(self, count: int, limit: int | None) -> list[slice]:
         """Split `count` regions into passes, in order."""
@@ -351,7 +442,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise ValueError(f"max_regions_per_pass must be an integer of at least 1, got {limit!r}")
         if self.region_conditioning == "vision":
             limit = min(limit or self.num_region_prompts, self.num_region_prompts)
-        step = limit or count
+        step = limit or max(count, 1)
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     @staticmethod
@@ -394,14 +485,15 @@ class PerceptionDLMProcessor(ProcessorMixin):
         head = self._expand_images(before, [grid], "region prompt")
         ids, roles, regions = list(head), [SHARED] * len(head), [-1] * len(head)
         newline = self._tokenize("\n")
-        numbers = range(len(prompt_ids)) if self.attention_layout == "released" else prompt_ids.tolist()
+        layout = LAYOUTS[self.attention_layout]
+        numbers = range(len(prompt_ids)) if layout.numbered_by_place else prompt_ids.tolist()
         for region, number in enumerate(numbers if self.use_roi_replay else ()):
             place = number if self.region_conditioning == "vision" else 0
             roi = self.tokenizer.convert_tokens_to_ids(ROI_TOKEN.format(place))
             ids += [roi] * self.roi_size**2 + newline
             roles += [ROI] * self.roi_size**2 + [SEPARATOR] * len(newline)
             regions += [region] * (self.roi_size**2 + len(newline))
-        if self.use_roi_replay and self.attention_layout != "isolated":
+        if self.use_roi_replay and layout.last_separator_shared:
             roles[-len(newline) :], regions[-len(newline) :] = [SHARED] * len(newline), [-1] * len(newline)
         ids, roles, regions = ids + after, roles + [SHARED] * len(after), regions + [-1] * len(after)
         return {"ids": ids, "roles": roles, "regions": regions, "num_regions": len(prompt_ids)}
@@ -442,9 +534,16 @@ class PerceptionDLMProcessor(ProcessorMixin):
     # --- images and regions ---------------------------------------------------------------------------------------
 
     def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Cut an RGB image into tiles (T, 3, s, s) float32, thumbnail last, and return the grid (columns, rows)."""
+        """Cut an RGB image into tiles (T, 3, s, s) uint8, thumbnail last, and return the grid (columns, rows)."""
         grid = self._grid(image.size, max_tiles)
-        return self._normalised(self._cut(image, grid)), grid
+        return self._as_tiles(self._cut(image, grid)), grid
+
+    def _as_tiles(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures (N, s, s, 3) uint8 as the model takes tiles and crops, (N, 3, s, s): see `image_mean`."""
+        if {*self.image_mean, *self.image_std} != {0.5}:
+            mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+            pictures = (pictures.astype(np.float32) / 255.0 - mean) / std
+        return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
 
     def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
         """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""
@@ -456,74 +555,30 @@ class PerceptionDLMProcessor(ProcessorMixin):
         thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
         return np.concatenate((tiles, thumbnail.reshape(1, side, side, -1)))
 
-    def _region_features(self, masks: np.ndarray, grid: tuple[int, int], prompt_ids: np.ndarray) -> dict:
-        """Boxes of the masks, and their coverage of box cells (`replay`) or of patches (`vision`)."""
-        boxes = mask_boxes(masks)
+    def _coverage(self, region: Region, grid: tuple[int, int]) -> np.ndarray:
+        """Share that a region covers of the cells of its box, (c, c), or under `vision` of every patch, (T, P, P)."""
         if self.region_conditioning == "replay":
-            return {
-                "boxes": boxes,
-                "coverage": box_coverage(masks, boxes, self.roi_size * self.coverage_subsamples),
-            }
-        pool = self._nearest_coverage if self.mask_sampling == "nearest" else self._patch_coverage
-        patches = self.patches_per_side
-        coverage = np.zeros((num_tiles(grid), self.num_region_prompts, patches, patches), np.float32)
-        coverage[:, prompt_ids] = pool(masks, grid, prompt_ids)
-        return {"boxes": boxes, "prompt_coverage": coverage, "prompt_ids": prompt_ids}
-
-    def _own_pixels(self, image: Any, masks: np.ndarray, boxes: np.ndarray, name: str) -> dict:
-        """What regions bring besides the image's tiles: crops around them, and the colours under their masks."""
-        if not (self.region_crop_size or self.region_appearance):
-            return {}
-        if is_encoded(image) and image.picture is None:
-            raise ValueError(
-                f"{name} is an encoded image without its picture, which this model cuts regions out of: encode it with "
-                "the pipeline's encode_image, or give model.encode_image the picture"
-            )
-        picture = load_image(image.picture if is_encoded(image) else image, name=name)
-        found: dict[str, np.ndarray] = {}
-        if side := self.region_crop_size:
-            size = (picture.height, picture.width)
-            crops = grown_boxes(boxes, size, self.crop_context)
-            extents = boxes[:, 2:] - boxes[:, :2]
-            wanted = extents.prod(axis=1) <= self.crop_max_share * size[0] * size[1]
-            found["crops"] = np.zeros((len(boxes), 3, side, side), np.float32)
-            found["crops"][wanted] = self._normalised(cut_crops(picture, crops[wanted], side))
-            found["crop_boxes"] = boxes_in_crops(boxes, crops) * wanted[:, None].astype(np.float32)
-        if self.region_appearance:
-            found["appearance"] = mask_appearance(np.asarray(picture), masks, boxes, self.roi_size)
-        return found
-
-    def _normalised(self, tiles: np.ndarray) -> np.ndarray:
-        """Pictures (T, s, s, 3) uint8 as the tower takes them: (T, 3, s, s) float32."""
-        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-        return np.ascontiguousarray(((tiles.astype(np.float32) / 255.0 - mean) / std).transpose(0, 3, 1, 2))
-
-    def _patch_coverage(self, masks: np.ndarray, grid: tuple[int, int], _prompt_ids: np.ndarray) -> np.ndarray:
-        """Share of every patch of every tile that each of N regions covers: (T, N, P, P)."""
+            return region.coverage(self.roi_size * self.coverage_subsamples)
         (columns, rows), patches = grid, self.patches_per_side
-        height, width = masks.shape[1:]
-        cover = area_pool(
-            masks, np.linspace(0, width, columns * patches + 1), np.linspace(0, height, rows * patches + 1)
-        )
-        tiled = cover.reshape(len(masks), rows, patches, columns, patches).transpose(1, 3, 0, 2, 4)
-        tiled = tiled.reshape(rows * columns, len(masks), patches, patches)
-        if len(tiled) == 1:
-            return tiled
-        thumbnail = area_pool(masks, np.linspace(0, width, patches + 1), np.linspace(0, height, patches + 1))
-        return np.concatenate((tiled, thumbnail[None]))
+        height, width = region.image_size
 
-    def _nearest_coverage(self, masks: np.ndarray, grid: tuple[int, int], prompt_ids: np.ndarray) -> np.ndarray:
-        """Whether one pixel of every patch belongs to each of N regions: (T, N, P, P), as the released model does it.
+        def share(columns: int, rows: int) -> np.ndarray:
+            x_edges, y_edges = (
+                np.linspace(0, length, n * patches + 1) for length, n in ((width, columns), (height, rows))
+            )
+            cover = region.pool(x_edges, y_edges).reshape(rows, patches, columns, patches)
+            return cover.transpose(0, 2, 1, 3).reshape(rows * columns, patches, patches)
 
-        A picture of the prompt id on 255 is resized like the image; every level below 255 counts as region.
-        """
-        step = self.patch_size
-        pictures = [
-            Image.fromarray(np.where(mask, number, 255).astype(np.uint8))
-            for mask, number in zip(masks, prompt_ids, strict=True)
-        ]
-        tiles = np.concatenate([self._cut(picture, grid) for picture in pictures], axis=-1)  # (T, s, s, N)
-        return (tiles[:, ::step, ::step] != 255).transpose(0, 3, 1, 2).astype(np.float32)
+        return share(1, 1) if columns * rows == 1 else np.concatenate((share(columns, rows), share(1, 1)))
+
+    def _coverage_of_pass(self, measured: list[np.ndarray], numbers: np.ndarray) -> dict:
+        """The coverage of a pass's regions, under `vision` each at its prompt id."""
+        if self.region_conditioning == "replay":
+            return {"coverage": np.stack(measured)}
+        tiles, patches = measured[0].shape[0], self.patches_per_side
+        coverage = np.zeros((tiles, self.num_region_prompts, patches, patches), np.float32)
+        coverage[:, numbers] = np.stack(measured, axis=1)
+        return {"prompt_coverage": coverage, "prompt_ids": numbers}
 
     # --- batch ----------------------------------------------------------------------------------------------------
 
@@ -544,10 +599,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
             "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
         }
         if any(row["grids"] for row in rows):
-            if tiles := [row["tiles"] for row in rows if row["tiles"] is not None]:
+            first = first_rows_of_images(rows)
+            if len(set(first)) < len(rows):
+                data["image_ids"] = torch.tensor(first).unique(return_inverse=True)[1]
+            pictured = [rows[place] for place in sorted(set(first))]
+            if tiles := [row["tiles"] for row in pictured if row["tiles"] is not None]:
                 data["pixel_values"] = torch.from_numpy(np.concatenate(tiles))
-            data["tile_grids"] = torch.tensor([grid for row in rows for grid in row["grids"]])
-            data["image_sizes"] = torch.tensor([size for row in rows for size in row["sizes"]])
+            data["tile_grids"] = torch.tensor([grid for row in pictured for grid in row["grids"]])
+            data["image_sizes"] = torch.tensor([size for row in pictured for size in row["sizes"]])
         for key, name in (
             ("boxes", "region_boxes"),
             ("coverage", "region_coverage"),
@@ -607,14 +666,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
             answers.append({"text": text, "score": sum(used) / len(used), "sample": sample})
         return answers
 
-    def post_process_region_captions(self, output, output_scores: bool = False) -> list[list]:
+    def post_process_region_captions(
+        self, output, output_scores: bool = False, num_images: int | None = None
+    ) -> list[list]:
         """Captions of `generate`'s output: one list per image, in the order its regions were given.
 
         Args:
             output_scores: return `{"caption", "score"}` instead of strings.
+            num_images: images of the batch, where the last of them may have no regions.
         """
         answers = self.decode_answers(output)
-        captions: list[list] = [[] for _ in range(max(a["sample"] for a in answers) + 1)]
+        captions: list[list] = [[] for _ in range(num_images or max(a["sample"] for a in answers) + 1)]
         for answer in answers:
             scored = {"caption": answer["text"], "score": answer["score"]}
             captions[answer["sample"]].append(scored if output_scores else scored["caption"])
@@ -623,6 +685,24 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, **_kwargs: Any) -> list[str]:
         """Answers of `generate`'s output for text without regions, one string per sample."""
         return [answer["text"] for answer in self.decode_answers(generated_outputs)]
+
+
+def warn_of_orientation(name: str, orientation: int) -> None:
+    """Warn that a picture carries an EXIF orientation, and the regions do not tell whether it is meant."""
+    warnings.warn(
+        f"{name} carries EXIF orientation {orientation}; its regions are taken to refer to the pixels as stored. Say "
+        "exif='stored' if that is so, exif='applied' if they refer to the picture as viewers, transformers and OpenCV "
+        "show it",
+        stacklevel=4,
+    )
+
+
+def first_rows_of_images(rows: list[dict]) -> list[int]:
+    """For every row the first one that shows the same image: groups of an image's regions share their tiles."""
+    if not all(len(row["grids"]) == 1 and row["num_regions"] and row["tiles"] is not None for row in rows):
+        return list(range(len(rows)))
+    first: dict[int, int] = {}
+    return [first.setdefault(id(row["tiles"]), place) for place, row in enumerate(rows)]
 
 
 def best_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:

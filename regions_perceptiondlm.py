@@ -1,29 +1,28 @@
-"""Images and regions, as people have them, brought into one canonical form.
+"""Regions, as people have them in memory, brought into one canonical form, one by one.
 
-`load_image` gives an RGB picture, `region_masks` boolean masks; `mask_boxes`, `box_coverage` and `area_pool`
-make of the masks the numbers a model sees. What can be read in more than one way, or not at all, is refused:
-every message names the item, what was found and what is accepted.
+`regions_of` yields a `Region` per region of an image. What can be read in more than one way, or not at all, is refused:
+every message names the item, what was found and what is accepted. docs/inputs.md lists the forms, and the few readings
+that are settled by convention. Files of other tools are read by common/region_files.py.
 
-Shape legend: N regions, H rows, W columns, K points of a polygon, B bins per side, R x C cells of a grid.
-Sizes are (height, width) in pixels; boxes are x0, y0, x1, y1 in pixels, half-open (x1, y1 lie just outside).
+Shape legend: N regions, H rows, W columns, K points of a polygon. Sizes are (height, width) in pixels; boxes are
+x0, y0, x1, y1 in pixels, half-open (x1, y1 lie just outside).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from functools import partial
-from http.client import HTTPException
-from io import BytesIO
-from itertools import pairwise
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image
+
+from .coverage_perceptiondlm import CroppedRegion, Region, StripedRegion
+from .images_perceptiondlm import is_picture_source, load_pixels, open_image, to_numpy, with_alpha
 
 
 try:
@@ -31,406 +30,372 @@ try:
 except ImportError:
     coco_mask = None
 
-CONVERTED_MODES = ("1", "L", "LA", "P", "RGBA")
-LABEL_MODES = ("L", "P", "I;16", "I")
+LABEL_MODES = ("L", "P", "I;16", "I", "F")
+MASK_MODES = ("1", "L", "P", "RGB", "RGBX", "LA", "La", "PA", "RGBA", "RGBa")
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")
-URL_TIMEOUT_SECONDS = 60
+WRAPPERS = ("mask", "segmentation", "mask_rle")  # keys under which a dict holds one region's mask
+DEEPEST = 4  # dicts in dicts
+HIGH_VALUES = (255, 65535)  # that integer masks use for 1
 LOSSY_TOLERANCE = 16  # grey levels a lossily compressed mask may stray from 0 or 255 ...
 LOSSY_SHARE = 0.99  # ... in at least this share of its pixels
-POLYGON_TOLERANCE = 1  # pixels a polygon may reach beyond the image
-IMAGE_FORMS = "PIL image, path, URL, non-empty uint8 array (H, W, 3) or (H, W), uint8 tensor (3, H, W)"
-MASK_FORMS = "array, tensor, PIL image, path, COCO RLE, annotation or polygon, pipeline output, list of these"
-LABEL_FORMS = f"integer array or tensor (H, W), path or PIL image of mode {', '.join(LABEL_MODES)}"
-UNREADABLE = (OSError, HTTPException, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
+POLYGON_TOLERANCE = 1  # pixels a polygon may reach beyond the image, and a box must stay below
+FRACTION_TOLERANCE = 1e-3  # distance from a whole number that still counts as one
+MOST_PIXELS = 2**30  # of a mask that is resized
+MOST_BYTES_OF_A_RUN = 12  # of a compressed RLE: 60 bits
+MASK_FORMS = "array, tensor, picture, path, COCO RLE, annotation or polygon, pipeline output, list of these"
+LABEL_FORMS = f"array or tensor (H, W) of whole numbers, path or PIL image of mode {', '.join(LABEL_MODES)}"
+POINTS_NEED_A_SEGMENTER = (
+    "points show where a region is, not which pixels it has: turn them into masks with a segmenter such as SAM and "
+    "give those as masks"
+)
 
 
-def is_encoded(image: Any) -> bool:
-    """Whether an object stands for an image that a model has encoded (an `EncodedImage`)."""
-    return hasattr(image, "tile_grids")
+@dataclass(frozen=True)
+class _Frame:
+    """What the regions must fit: the image's size, and how masks are read."""
+
+    size_HW: tuple[int, int]
+    threshold: int
+    resize: bool
+    hint: str  # ends the message about a mask of another size
 
 
-def load_image(image: Any, name: str = "image") -> Image.Image:
-    """Return `image` as a PIL image of mode RGB: the stored pixels, in the stored orientation.
-
-    Args:
-        image: a PIL image, a path, an http(s) URL, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor
-            (3, H, W). Modes 1, L, LA, P and RGBA are converted, transparency over white. EXIF orientation is
-            not applied, since masks refer to stored pixels. Of an MPO photo (a phone's JPEG that carries
-            further pictures) the first picture is taken.
-        name: what messages call the image.
-
-    Raises:
-        TypeError: for any other type.
-        FileNotFoundError: if a path does not exist.
-        ValueError: for other modes, dtypes and shapes, and animated, empty, truncated or unreadable images.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        image = _open_image(image, name)
-    elif isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _image_from_array(image, name)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"{name} is a {type(image).__name__}; accepted: {IMAGE_FORMS}")
-    image = _load_pixels(image, name)
-    if image.mode == "RGB":
-        return image
-    if image.mode not in CONVERTED_MODES:
-        raise ValueError(f"{name} has mode {image.mode}; accepted: RGB, {', '.join(CONVERTED_MODES)}")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def region_masks(
+def regions_of(
     image_size: tuple[int, int],
     masks: Any = None,
     boxes: Any = None,
     label_map: Any = None,
+    points: Any = None,
     name: str | None = None,
     threshold: int = 128,
-) -> np.ndarray:
-    """Return the regions of one image as bool masks (N, H, W), N >= 1, none empty, in the order given.
+    resize_masks: bool = False,
+    size_hint: str = "",
+) -> Iterator[Region]:
+    """Yield the regions of one image in the order given; none where there is none.
 
     Args:
         image_size: (height, width) of the image, in pixels.
         masks: one of
             - an array or tensor (N, H, W), (N, 1, H, W) or (H, W): bool, float with values {0, 1}, or integer
-              with values {0, 1} or {0, 255} in each mask;
-            - a PIL image of mode 1, L, P (read as indices) or grey RGB, or the path of one, with values
-              {0, 1} or {0, 255}, from which lossy compression may have moved L and RGB by up to 16 levels;
-            - COCO RLE, compressed (str, bytes) or not (list of int), or a COCO annotation ("segmentation");
+              with values {0, 1}, {0, 255} or {0, 65535} in each mask; SAM's list of one such tensor (N, 1, H, W);
+            - a picture (PIL, path, bytes, file object, dict of bytes and path) in grey, with values {0, 1},
+              {0, 255} or {0, 65535}, from which lossy compression may have moved 99 % of the pixels by up to 16
+              levels. Of a palette the colours count if black and white are what it uses, otherwise the indices. Of a
+              picture with transparency either the colours or the alpha may hold a mask, or both the same;
+            - COCO RLE, compressed (str, bytes) or not (list of int), or a COCO annotation ("segmentation"; where it
+              is empty, "bbox" as x, y, width, height);
             - a polygon, rasterised by pycocotools (nested lists are polygons, never bitmaps);
             - an item of `pipeline("image-segmentation")`, or all output of `pipeline("mask-generation")`;
             - a list or tuple of these, one entry per region.
             The depth of lists of numbers decides: [x0, y0, x1, y1, ...] is one ring, hence one region; a list
-            of rings alone is one region, their union; a list of lists of rings is one region per entry. Among
-            other forms, a ring is a region. An array (K, 2) is a ring, and in the outermost list a region;
-            only where (K, 2) is the image's own size is it a mask.
-        boxes: (N, 4) array, tensor or list of x0, y0, x1, y1, half-open; or a list of dicts with xmin, ymin,
-            xmax and ymax, or with such a "box", as detection pipelines give. Fractions grow to whole pixels.
-        label_map: integer (H, W) array or tensor, PIL image of mode L, P, I;16 or I, or the path of one. 0 is
-            background, every other value one region, in ascending order.
+            of rings alone is one region, their union (with a warning, since one per ring may have been meant); a
+            list of lists of rings is one region per entry. Among other forms, a ring is a region. An array (K, 2)
+            is a ring, and in the outermost list a region; only where (K, 2) is the image's own size is it a mask.
+        boxes: (N, 4) array, tensor or list of x0, y0, x1, y1, half-open, in pixels; a list of dicts with xmin, ymin,
+            xmax and ymax, or with such a "box", as detection pipelines give, or of COCO annotations with a "bbox";
+            or a detector's dict with "boxes". Fractions of a pixel grow to whole pixels; less than a pixel beyond
+            the image is cut off.
+        label_map: (H, W) or (1, H, W) array or tensor of whole numbers, or a picture of mode L, P (its indices), I;16,
+            I or F. 0 is background, every other value one region, in ascending order. No value may be negative.
+        points: refused, since a point is no region.
         name: what messages call the regions; by default the name of the argument given.
         threshold: grey level from which a pixel of a lossily compressed mask picture belongs to the region.
+        resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
+        size_hint: what a message about a mask of another size adds.
 
     Raises:
         TypeError: for an object that is none of these forms.
         FileNotFoundError: if a path does not exist.
         ValueError: unless exactly one of masks, boxes and label_map is given, and for values, sizes and
-            coordinates outside what is accepted, an empty mask or no region at all.
+            coordinates outside what is accepted, and a mask without a pixel.
         ImportError: for a polygon without pycocotools installed.
     """
+    if points is not None:
+        raise ValueError(f"{POINTS_NEED_A_SEGMENTER}; accepted: masks, boxes or label_map")
     arguments = {"masks": masks, "boxes": boxes, "label_map": label_map}
     given = [key for key, value in arguments.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of masks, boxes and label_map; got {' and '.join(given) or 'none'}")
+    frame = _Frame((int(image_size[0]), int(image_size[1])), threshold, resize_masks, size_hint)
     name = name or given[0]
-    size_HW = (int(image_size[0]), int(image_size[1]))
     if label_map is not None:
-        return _masks_from_label_map(label_map, size_HW, name)
-    if boxes is not None:
-        regions, to_mask = _split_boxes(boxes, name), _mask_from_box
-    else:
-        regions, to_mask = _split_masks(masks), partial(_mask_from_region, threshold=threshold)
-    if len(regions) == 0:
-        raise ValueError(f"{name} holds no region; accepted: at least 1")
-    masks_NHW = np.empty((len(regions), *size_HW), dtype=bool)
-    for index, region in enumerate(regions):
-        masks_NHW[index] = to_mask(region, size_HW, f"{name}[{index}]")
-        if not masks_NHW[index].any():
+        yield from _regions_of_labels(label_map, frame, name)
+        return
+    items, read = (_split_masks(masks), _region) if boxes is None else (_split_boxes(boxes, name), _region_of_box)
+    for index, item in enumerate(items):
+        region = read(item, frame, f"{name}[{index}]")
+        if region is None:
             raise ValueError(f"{name}[{index}] is empty (0 pixels set); accepted: at least 1 pixel")
-    return masks_NHW
+        yield region
 
 
-def mask_boxes(masks_NHW: np.ndarray) -> np.ndarray:
-    """Return the tight half-open boxes x0, y0, x1, y1 of bool masks (N, H, W) as int64 (N, 4).
-
-    Raises:
-        ValueError: if the masks are not bool (N, H, W), or one has no pixel set.
-    """
-    if masks_NHW.ndim != 3 or masks_NHW.dtype != bool:
-        raise ValueError(f"masks are {masks_NHW.dtype} {masks_NHW.shape}; accepted: bool (N, H, W)")
-    columns_NW, rows_NH = np.any(masks_NHW, axis=1), np.any(masks_NHW, axis=2)
-    empty = np.flatnonzero(~rows_NH.any(axis=1))
-    if empty.size:
-        raise ValueError(f"masks[{empty[0]}] is empty (0 pixels set) and has no box; accepted: at least 1 pixel")
-    x0, y0 = columns_NW.argmax(axis=1), rows_NH.argmax(axis=1)
-    x1 = columns_NW.shape[1] - columns_NW[:, ::-1].argmax(axis=1)
-    y1 = rows_NH.shape[1] - rows_NH[:, ::-1].argmax(axis=1)
-    return np.stack([x0, y0, x1, y1], axis=1).astype(np.int64)
+def region_masks(image_size: tuple[int, int], **arguments: Any) -> np.ndarray:
+    """All regions of an image as bool masks (N, H, W), N >= 0; the arguments are those of `regions_of`."""
+    masks = [region.mask() for region in regions_of(image_size, **arguments)]
+    return np.stack(masks) if masks else np.zeros((0, int(image_size[0]), int(image_size[1])), dtype=bool)
 
 
-def box_coverage(masks_NHW: np.ndarray, boxes_N4: np.ndarray, bins: int) -> np.ndarray:
-    """Return the exact share of each of bins x bins parts of its box that a mask covers, however small.
-
-    Args:
-        masks_NHW: bool (N, H, W).
-        boxes_N4: (N, 4) half-open boxes inside the image, in pixels, fractions allowed.
-        bins: B, at least 1.
-
-    Returns:
-        float32 (N, B, B) in [0, 1], rows first.
-
-    Raises:
-        ValueError: if the counts of masks and boxes differ, bins < 1, or a box is empty or leaves the image.
-    """
-    if boxes_N4.shape != (len(masks_NHW), 4) or bins < 1:
-        raise ValueError(f"{len(masks_NHW)} masks, boxes {boxes_N4.shape}, {bins} bins; accepted: (N, 4), >= 1")
-    coverage_NBB = np.empty((len(masks_NHW), bins, bins), dtype=np.float32)
-    for index, (x0, y0, x1, y1) in enumerate(boxes_N4.tolist()):
-        x_edges, y_edges = np.linspace(x0, x1, bins + 1), np.linspace(y0, y1, bins + 1)
-        coverage_NBB[index] = area_pool(masks_NHW[index : index + 1], x_edges, y_edges)[0]
-    return coverage_NBB
-
-
-def area_pool(masks_NHW: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray) -> np.ndarray:
-    """Return the mean of each mask over each cell of a grid; a pixel cut by an edge counts in part.
-
-    Args:
-        masks_NHW: bool or float (N, H, W).
-        x_edges: (C + 1,) increasing positions in [0, W], in pixels, fractions allowed.
-        y_edges: (R + 1,) increasing positions in [0, H].
-
-    Returns:
-        float32 (N, R, C), summed in float64; of bool masks in [0, 1], above 0 where a cell meets the mask.
-
-    Raises:
-        ValueError: if the masks are not (N, H, W) or the edges not as described.
-    """
-    if masks_NHW.ndim != 3:
-        raise ValueError(f"masks have shape {masks_NHW.shape}; accepted: (N, H, W)")
-    x_edges = _checked_edges(x_edges, masks_NHW.shape[2], "x_edges")
-    y_edges = _checked_edges(y_edges, masks_NHW.shape[1], "y_edges")
-    pooled_NRC = np.empty((len(masks_NHW), len(y_edges) - 1, len(x_edges) - 1), dtype=np.float32)
-    for index, mask_HW in enumerate(masks_NHW):
-        pooled_RW = _pool_rows(mask_HW, y_edges)
-        pooled_NRC[index] = _pool_rows(pooled_RW.T, x_edges).T
-    return pooled_NRC
-
-
-def _checked_edges(edges: np.ndarray, limit: int, name: str) -> np.ndarray:
-    edges = np.asarray(edges, dtype=np.float64)
-    inside = edges.ndim == 1 and edges.size > 1 and edges[0] >= 0 and edges[-1] <= limit
-    if not (inside and (np.diff(edges) > 0).all()):
-        raise ValueError(f"{name} is {edges.tolist()}; accepted: 2 or more increasing values in [0, {limit}]")
-    return edges
-
-
-def _pool_rows(values_HW: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Mean over the rows between neighbouring edges, float64 (R, W); one band of rows at a time."""
-    pooled_RW = np.empty((len(edges) - 1, values_HW.shape[1]))
-    for index, (low, high) in enumerate(pairwise(edges)):
-        rows = np.arange(int(np.floor(low)), int(np.ceil(high)))
-        lengths = np.minimum(rows + 1, high) - np.maximum(rows, low)
-        pooled_RW[index] = lengths @ values_HW[rows[0] : rows[-1] + 1].astype(np.float64) / (high - low)
-    return pooled_RW
-
-
-def _open_image(source: str | os.PathLike, name: str) -> Image.Image:
-    try:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            request = Request(source, headers={"User-Agent": "perceptiondlm"})
-            with urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
-                return Image.open(BytesIO(reply.read()))
-        return Image.open(BytesIO(Path(source).read_bytes()))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: there is no file {source}") from error
-    except UNREADABLE as error:
-        raise ValueError(f"{name}: {source} cannot be read ({error}); accepted: image files") from error
-
-
-def _load_pixels(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-        frames = getattr(image, "n_frames", 1)
-    except UNREADABLE as error:
-        raise ValueError(f"{name} is truncated or damaged ({error}); accepted: complete images") from error
-    if frames > 1 and image.format != "MPO":
-        raise ValueError(f"{name} is animated or has several pages ({frames} frames); accepted: one frame")
-    if 0 in image.size:
-        raise ValueError(f"{name} is {image.height} x {image.width} (height x width); accepted: at least 1 x 1")
-    return image
-
-
-def _image_from_array(image: np.ndarray | torch.Tensor, name: str) -> Image.Image:
-    array = _to_numpy(image)
-    found = f"{name} is a {type(image).__name__} of {image.dtype} {tuple(image.shape)}"
-    if isinstance(image, torch.Tensor):
-        valid = array.ndim == 3 and array.shape[0] == 3
-        array = np.moveaxis(array, 0, -1) if valid else array
-    else:
-        valid = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if not valid or array.size == 0 or array.dtype != np.uint8:
-        raise ValueError(f"{found}; accepted: {IMAGE_FORMS}")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_numpy(value: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(value, np.ndarray):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def _as_array(value: Any) -> np.ndarray | None:
-    """The numpy form of an array or tensor, None for anything else."""
-    return _to_numpy(value) if isinstance(value, (np.ndarray, torch.Tensor)) else None
-
-
-def _is_numbers(value: Any) -> bool:
-    """Whether `value` is a flat sequence of numbers."""
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, Real) and not isinstance(item, bool) for item in value)
-    array = _as_array(value)
-    return array is not None and array.ndim == 1 and array.dtype.kind in "iuf"
-
-
-def _check_size(found: Sequence[int], size_HW: tuple[int, int], name: str) -> None:
-    if tuple(found) != size_HW:
-        size = " x ".join(map(str, found)) or "nothing"
-        raise ValueError(f"{name} is {size}; accepted: the image's {size_HW[0]} x {size_HW[1]} (height x width)")
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def _split_masks(masks: Any) -> Sequence[Any] | np.ndarray:
     """One entry per region; what is no collection of regions is one region."""
-    if isinstance(masks, Mapping):
-        return _split_masks(masks["masks"]) if "masks" in masks else [masks]
-    array = _as_array(masks)
-    if array is not None and array.dtype == object:  # datasets in numpy format
-        return _split_masks(array.tolist())
+    for _ in range(DEEPEST):
+        single = masks[0] if isinstance(masks, (list, tuple)) and len(masks) == 1 else None
+        array = as_array(single)
+        if isinstance(single, Mapping) and "masks" in single:  # a list of one image's output
+            masks = single
+        elif array is not None and array.ndim == 4:  # SAM's list of one image's masks
+            masks = array
+        if isinstance(masks, Mapping) and masks.get("masks") is not None:
+            masks = masks["masks"]
+        elif (array := as_array(masks)) is not None and array.dtype == object:  # datasets in numpy format
+            masks = array.tolist()
+        else:
+            break
+    array = as_array(masks)
     if array is not None:
+        if array.ndim and len(array) == 0:
+            return []
         array = array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array
         return array if array.ndim == 3 else [array]
     if not isinstance(masks, (list, tuple)):
         return [masks]
-    is_polygon = len(masks) > 0 and (_is_numbers(masks) or all(_is_numbers(item) for item in masks))
-    return [masks] if is_polygon else masks
+    if len(masks) > 0 and (_is_numbers(masks) or all(_is_numbers(item) for item in masks)):
+        if len(masks) > 1 and not _is_numbers(masks):
+            warnings.warn(
+                f"masks is a list of {len(masks)} flat polygons, read as the rings of one region; for one region per "
+                "polygon write [[ring], [ring], ...], and for one region of several rings [[ring, ring, ...]]",
+                stacklevel=4,
+            )
+        return [masks]
+    return masks
 
 
-def _mask_from_region(region: Any, size_HW: tuple[int, int], name: str, threshold: int) -> np.ndarray:
-    """The bool mask (H, W) of one region in any form but a box."""
-    if isinstance(region, Mapping):
-        return _mask_from_dict(region, size_HW, name, threshold)
+def _region(region: Any, frame: _Frame, name: str) -> Region | None:
+    """One region in any form of a mask; None where no pixel is set."""
+    for _ in range(DEEPEST):
+        if not isinstance(region, Mapping) or is_picture_source(region):
+            break
+        if (key := next((key for key in WRAPPERS if key in region), None)) is None or _is_nothing(region[key]):
+            return _region_of_dict(region, frame, name)
+        region = region[key]
     if isinstance(region, (list, tuple)):
-        return _mask_from_polygon([region] if region and _is_numbers(region) else region, size_HW, name)
-    if isinstance(region, (str, os.PathLike)):
-        region = _open_image(region, name)
+        return _region_of_polygon([region] if region and _is_numbers(region) else region, frame, name)
+    if is_picture_source(region):
+        region = open_image(region, name)
     if isinstance(region, Image.Image):
-        return _mask_from_array(_values_from_picture(region, name, threshold), size_HW, name)
-    array = _as_array(region)
+        return _region_of_values(_values_of_picture(region, name, frame.threshold), frame, name)
+    array = as_array(region)
     if array is None:
         raise TypeError(f"{name} is a {type(region).__name__}; accepted: {MASK_FORMS}")
-    is_points = array.ndim == 2 and array.shape[1] == 2 and array.shape != size_HW and array.dtype != bool
+    is_points = array.ndim == 2 and array.shape[1] == 2 and array.shape != frame.size_HW and array.dtype != bool
     if is_points or array.ndim == 1:
-        return _mask_from_polygon([array], size_HW, name)
-    return _mask_from_array(array, size_HW, name)
+        return _region_of_polygon([array], frame, name)
+    return _region_of_values(array, frame, name)
 
 
-def _mask_from_dict(region: Mapping, size_HW: tuple[int, int], name: str, threshold: int) -> np.ndarray:
-    for key in ("mask", "segmentation"):
-        if key in region:
-            return _mask_from_region(region[key], size_HW, name, threshold)
+def _is_nothing(value: Any) -> bool:
+    """Whether a COCO segmentation is empty: none, no ring, or rings without a number."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(ring, (list, tuple)) and not ring for ring in value)
+    return value is None or (isinstance(value, (str, Mapping)) and not value)
+
+
+def _region_of_dict(region: Mapping, frame: _Frame, name: str) -> Region | None:
     if "counts" in region:
-        return _mask_from_rle(region, size_HW, name)
-    accepted = "size and counts, segmentation, or mask (masks: only as one image's whole input)"
-    raise ValueError(f"{name} is a dict of {list(region)}; accepted: {accepted}")
+        return _region_of_rle(region, frame, name)
+    if region.get("bbox") is not None:
+        return _region_of_box(region, frame, name)
+    accepted = "size and counts, segmentation or bbox, or mask (masks: only as one image's whole input)"
+    raise ValueError(f"{name} is a dict of {short(list(region))}; accepted: {accepted}")
 
 
-def _mask_from_array(array: np.ndarray, size_HW: tuple[int, int], name: str) -> np.ndarray:
-    array = array[0] if array.ndim == 3 and len(array) == 1 else array
-    _check_size(array.shape, size_HW, name)
-    if array.dtype == bool:
-        return array
-    if array.dtype.kind not in "iuf":
+def _region_of_values(array: np.ndarray, frame: _Frame, name: str) -> Region | None:
+    given = array.shape
+    while array.ndim > 2 and len(array) == 1:
+        array = array[0]
+    if array.shape == (*frame.size_HW, 1):
+        array = array[..., 0]
+    if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {array.dtype}; accepted: bool, integer, float")
-    high = 255 if array.dtype.kind in "iu" and array.max() == 255 else 1
-    mask_HW = array == high
+    array = _fitted(array, frame, name, given)
+    if array.dtype == bool:
+        return CroppedRegion.of_mask(array)
+    largest = array.max() if array.dtype.kind in "iu" else 1
+    mask_HW = array == (largest if largest in HIGH_VALUES else 1)
     stray = ~(mask_HW | (array == 0))
     if stray.any():
-        accepted = "bool, integers {0, 1} or {0, 255}, floats {0, 1}"
+        accepted = "bool, integers {0, 1}, {0, 255} or {0, 65535}, floats {0, 1}"
         raise ValueError(f"{name} holds the value {array[stray][0]} ({array.dtype}); accepted: {accepted}")
-    return mask_HW
+    return CroppedRegion.of_mask(mask_HW)
 
 
-def _values_from_picture(image: Image.Image, name: str, threshold: int) -> np.ndarray:
+def _fitted(array: np.ndarray, frame: _Frame, name: str, given: Sequence[int] | None = None) -> np.ndarray:
+    """The array if it has the image's size, its nearest neighbours at that size if masks may be resized."""
+    if array.shape == frame.size_HW:
+        return array
+    if not frame.resize or array.ndim != 2 or array.size == 0:
+        raise _wrong_size(given or array.shape, frame, name)
+    rows, columns = (np.arange(n) * m // n for n, m in zip(frame.size_HW, array.shape, strict=True))
+    return array[rows[:, None], columns]
+
+
+def _wrong_size(found: Sequence[Any], frame: _Frame, name: str) -> ValueError:
+    size = " x ".join(map(str, found)) or "nothing"
+    height, width = frame.size_HW
+    accepted = f"the image's {height} x {width} (height x width), others with resize_masks=True"
+    return ValueError(f"{name} is {size}; accepted: {accepted}{frame.hint}")
+
+
+def _values_of_picture(image: Image.Image, name: str, threshold: int) -> np.ndarray:
     """The values (H, W) of a mask that is a picture; those near 0 and 255 as bool."""
-    image = _load_pixels(image, name)
-    if image.mode == "RGB":
-        channels = [np.asarray(channel) for channel in image.split()]
-        if not all(np.array_equal(channels[0], other) for other in channels[1:]):
-            raise ValueError(f"{name} is an RGB image with colours; accepted: modes 1, L, P, grey RGB")
-        image = image.getchannel(0)
-    if image.mode not in ("1", "L", "P"):
-        raise ValueError(f"{name} is an image of mode {image.mode}; accepted: modes 1, L, P, grey RGB")
-    values_HW, levels = np.asarray(image), np.array(image.histogram())
-    if image.mode != "L" or not levels[2:].any():
-        return values_HW
-    near = (levels[: LOSSY_TOLERANCE + 1].sum() + levels[255 - LOSSY_TOLERANCE :].sum()) / values_HW.size
-    if near < LOSSY_SHARE:
+    image = load_pixels(image, name)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    if image.mode not in MASK_MODES:
+        raise ValueError(f"{name} is an image of mode {image.mode}; accepted: modes {', '.join(MASK_MODES)}, I, F")
+    if image.has_transparency_data:
+        clear = with_alpha(image)
+        if clear.getchannel("A").getextrema()[0] < 255:
+            return _mask_beside_alpha(clear, image.mode, name, threshold)
+        image = image if image.mode == "P" else clear.convert("RGB")
+    if image.mode == "P" and not _is_black_and_white(image):
+        return np.asarray(image)
+    if image.mode == "1":
+        return np.asarray(image)
+    grey = _grey(image.convert("RGB")) if image.mode != "L" else image
+    if grey is None:
+        raise ValueError(f"{name} is an RGB image with colours; accepted: modes 1, L, P, grey RGB")
+    values_HW, share = _two_valued(grey, threshold)
+    if values_HW is None:
         accepted = f"{{0, 1}}, {{0, 255}}, or {LOSSY_SHARE:.0%} within {LOSSY_TOLERANCE} of 0 or 255"
-        raise ValueError(f"{name} has {near:.1%} of its grey values near 0 or 255; accepted: {accepted}")
-    return values_HW >= threshold
+        raise ValueError(f"{name} has {share:.1%} of its grey values near 0 or 255; accepted: {accepted}")
+    return values_HW
 
 
-def _mask_from_rle(region: Mapping, size_HW: tuple[int, int], name: str) -> np.ndarray:
-    height, width = size_HW
-    _check_size(np.ravel(region.get("size", ())).tolist(), size_HW, f"{name} (RLE size)")
+def _is_black_and_white(image: Image.Image) -> bool:
+    """Whether the colours of a palette picture tell the mask: those it uses are greys, black and white among them."""
+    used = np.flatnonzero(image.histogram()[:256])
+    colours = np.array(image.getpalette("RGB") or (), dtype=np.int64).reshape(-1, 3)
+    if used[-1] >= len(colours):
+        return False
+    colours = colours[used]
+    if np.ptp(colours, axis=1).max() > LOSSY_TOLERANCE:
+        return False
+    levels = colours.mean(axis=1)
+    black, white = levels <= LOSSY_TOLERANCE, levels >= 255 - LOSSY_TOLERANCE
+    return bool(black.any() and white.any()) or (len(used) == 1 and bool((black | white).all()))
+
+
+def _grey(image: Image.Image) -> Image.Image | None:
+    """The grey form of an RGB picture; None if it has colours beyond what lossy compression makes of grey."""
+    red, green, blue = (np.asarray(channel) for channel in image.split())
+    apart = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    return image.convert("L") if np.mean(apart <= LOSSY_TOLERANCE) >= LOSSY_SHARE else None
+
+
+def _two_valued(grey: Image.Image, threshold: int) -> tuple[np.ndarray | None, float]:
+    """The mask (H, W) that grey values tell, None if they tell none; and the share of them near 0 and 255."""
+    values_HW, levels = np.asarray(grey), np.array(grey.histogram())
+    if not levels[2:].any():
+        return values_HW == 1, 1.0
+    near = (levels[: LOSSY_TOLERANCE + 1].sum() + levels[255 - LOSSY_TOLERANCE :].sum()) / values_HW.size
+    return (values_HW >= threshold if near >= LOSSY_SHARE else None), near
+
+
+def _mask_beside_alpha(clear: Image.Image, mode: str, name: str, threshold: int) -> np.ndarray:
+    """The mask (H, W) of a picture with transparency, if its colours or its alpha alone tell one, or both the same."""
+    grey = _grey(clear.convert("RGB"))
+    told = [_two_valued(part, threshold)[0] for part in (grey, clear.getchannel("A")) if part is not None]
+    found = [mask for mask in told if mask is not None and mask.any() and not mask.all()]
+    if not found or not np.array_equal(found[0], found[-1]):
+        what = "tell two different masks" if found else "tell no mask"
+        accepted = "a mask in the colours or in the alpha, or the same in both"
+        raise ValueError(f"{name} is an image of mode {mode} whose colours and alpha {what}; accepted: {accepted}")
+    return found[0]
+
+
+def _region_of_rle(region: Mapping, frame: _Frame, name: str) -> Region | None:
+    size = _plain_numbers(region.get("size"))
+    resized = frame.resize and all(0 < number <= MOST_PIXELS and number % 1 == 0 for number in size)
+    if len(size) != 2 or (size != frame.size_HW and not (resized and size[0] * size[1] <= MOST_PIXELS)):
+        raise _wrong_size([short(number) for number in size], frame, f"{name} (RLE size)")
+    height, width = (int(number) for number in size)
     counts = region["counts"]
     counts = _decode_counts(counts, name) if isinstance(counts, (str, bytes)) else counts
     runs = np.asarray(counts) if _is_numbers(counts) else np.asarray(counts, dtype=object)
-    if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
-        total = runs.sum() if runs.dtype.kind in "iu" else "none"
+    whole = runs.ndim == 1 and runs.dtype.kind in "iu"
+    # Summed in float64, which no run can wrap round; it is exact below 2**53.
+    if not whole or (runs < 0).any() or runs.sum(dtype=np.float64) != height * width:
+        total = sum(runs.tolist()) if whole else "none"
         accepted = f"str, bytes or integers >= 0 with sum {height} x {width} = {height * width}"
-        raise ValueError(f"{name} has RLE counts {runs.dtype} {runs.shape} with sum {total}; accepted: {accepted}")
-    mask_WH = torch.from_numpy(np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(width, height))
-    return mask_WH.T.contiguous().numpy()  # torch transposes three times as fast as numpy
+        raise ValueError(
+            f"{name} has RLE counts {runs.dtype} {runs.shape} with sum {short(total)}; accepted: {accepted}"
+        )
+    found = StripedRegion.of_runs(runs, (height, width))
+    if found is None or found.image_size == frame.size_HW:
+        return found
+    return CroppedRegion.of_mask(_fitted(found.mask(), frame, name))
 
 
-def _decode_counts(counts: str | bytes, name: str) -> list[int]:
+def _decode_counts(counts: str | bytes, name: str) -> np.ndarray:
     """Runs of a compressed COCO RLE: 5 bits a byte, from the fourth run on as difference to two runs before.
 
     Read here because pycocotools decodes a string cut short into uninitialised memory; runs can be checked.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for byte in counts.encode() if isinstance(counts, str) else counts:
-        bits = byte - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"{name} has byte {byte} in its RLE string; accepted: 48 to 111")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last byte of a number, which carries its sign
-            value -= (bits >> 4 & 1) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
+    text = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    strange = np.flatnonzero((codes < 0) | (codes > 63))
+    if strange.size:
+        raise ValueError(f"{name} has byte {codes[strange[0]] + 48} in its RLE string; accepted: 48 to 111")
+    ends = np.flatnonzero((codes & 32) == 0)  # the last byte of a number, which carries its sign
+    if codes.size and (ends.size == 0 or ends[-1] != codes.size - 1):
         raise ValueError(f"{name} has an RLE string that ends inside a number; accepted: complete strings")
+    if not ends.size:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > MOST_BYTES_OF_A_RUN:
+        raise ValueError(f"{name} has a number of {lengths.max()} bytes in its RLE string; accepted: up to 12")
+    place = np.arange(codes.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    if np.abs(runs).sum(dtype=np.float64) >= 2**62:
+        raise ValueError(f"{name} has RLE counts whose sum is beyond any image; accepted: runs that fit the image")
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
     return runs
 
 
-def _mask_from_polygon(rings: Sequence, size_HW: tuple[int, int], name: str) -> np.ndarray:
+def _region_of_polygon(rings: Sequence, frame: _Frame, name: str) -> Region | None:
     if coco_mask is None:
         raise ImportError(f"{name} is a polygon, which pycocotools draws: pip install pycocotools")
     if not rings:
         raise ValueError(f"{name} is a polygon of 0 rings; accepted: at least 1")
-    flat = [_flat_ring(ring, size_HW, f"{name}, ring {index}") for index, ring in enumerate(rings)]
-    if len(flat) == size_HW[0] and all(len(ring) == size_HW[1] for ring in flat):
+    height, width = frame.size_HW
+    if len(rings) == height and all(_is_numbers(ring) and len(ring) == width for ring in rings):
         raise ValueError(f"{name} looks like a bitmap in nested lists; accepted: numpy.array of it, or polygons")
-    return _mask_from_rle(coco_mask.merge(coco_mask.frPyObjects(flat, *size_HW)), size_HW, name)
+    flat = [_flat_ring(ring, frame.size_HW, f"{name}, ring {index}") for index, ring in enumerate(rings)]
+    runs = _decode_counts(coco_mask.merge(coco_mask.frPyObjects(flat, height, width))["counts"], name)
+    drawn = StripedRegion.of_runs(runs, frame.size_HW)
+    if drawn is None:
+        return None
+    return StripedRegion.of_strips(drawn.columns, drawn.tops, drawn.bottoms, frame.size_HW, tells_size=False)
 
 
 def _flat_ring(ring: Any, size_HW: tuple[int, int], name: str) -> list[float]:
     """One ring as x0, y0, x1, y1, ... in pixels, checked."""
-    array = _as_array(ring)
+    array = as_array(ring)
     if array is None and not _is_numbers(ring):
-        raise TypeError(f"{name} is {ring!r:.60}; accepted: numbers x0, y0, x1, y1, ... or an array (K, 2)")
-    values = np.asarray(ring if array is None else array)
+        raise TypeError(f"{name} is {short(ring)}; accepted: numbers x0, y0, x1, y1, ... or an array (K, 2)")
+    values = np.array(_floats(ring)) if array is None else array
     if values.dtype.kind not in "iuf" or not (values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 2)):
         raise ValueError(f"{name} is {values.dtype} {values.shape}; accepted: numbers (2K,) or (K, 2)")
     if values.size < 6 or values.size % 2:
         accepted = "x and y of at least 3 points, flat or as an array (K, 2); boxes are an argument of their own"
         raise ValueError(f"{name} has {values.size} numbers; accepted: {accepted}")
     points_K2 = values.reshape(-1, 2).astype(np.float64)
+    _refuse_fractions(points_K2.ravel().tolist(), size_HW, name)
     limits = np.array(size_HW[::-1]) + POLYGON_TOLERANCE
     inside_K = ((points_K2 >= -POLYGON_TOLERANCE) & (points_K2 <= limits)).all(axis=1)
     if not inside_K.all():
@@ -439,50 +404,136 @@ def _flat_ring(ring: Any, size_HW: tuple[int, int], name: str) -> list[float]:
     return points_K2.ravel().tolist()
 
 
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
 def _split_boxes(boxes: Any, name: str) -> Sequence[Any] | np.ndarray:
-    array = _as_array(boxes)
+    if isinstance(boxes, (list, tuple)) and len(boxes) == 1 and isinstance(boxes[0], Mapping) and "boxes" in boxes[0]:
+        boxes = boxes[0]
+    if isinstance(boxes, Mapping) and "boxes" in boxes:  # a detector's output
+        boxes = boxes["boxes"]
+    array = as_array(boxes)
+    if array is not None and array.dtype == object:  # datasets in numpy format
+        boxes, array = array.tolist(), None
     if array is None and not isinstance(boxes, (list, tuple)):
         raise TypeError(f"{name} is a {type(boxes).__name__}; accepted: (N, 4) or a list, one box per region")
+    if array is not None and array.shape[:1] == (0,):
+        return []
     if array is not None and (array.ndim != 2 or array.shape[1] != 4):
         raise ValueError(f"{name} has shape {array.shape}; accepted: (N, 4)")
     return boxes if array is None else array
 
 
-def _mask_from_box(region: Any, size_HW: tuple[int, int], name: str) -> np.ndarray:
-    box = region.get("box", region) if isinstance(region, Mapping) else region
+def _region_of_box(region: Any, frame: _Frame, name: str) -> Region | None:
+    box, height, width = region, *frame.size_HW
+    is_coco = isinstance(region, Mapping) and "box" not in region and "bbox" in region
+    if isinstance(region, Mapping):
+        box = region["bbox"] if is_coco else region.get("box", region)
     if isinstance(box, Mapping):
         if not all(key in box for key in BOX_KEYS):
-            raise ValueError(f"{name} is a dict of {list(box)}; accepted: {', '.join(BOX_KEYS)}, or box")
+            raise ValueError(f"{name} is a dict of {short(list(box))}; accepted: {', '.join(BOX_KEYS)}, box or bbox")
         box = [box[key] for key in BOX_KEYS]
     if not _is_numbers(box):
-        raise TypeError(f"{name} is {box!r:.60}; accepted: numbers x0, y0, x1, y1 or {', '.join(BOX_KEYS)}")
+        raise TypeError(f"{name} is {short(box)}; accepted: numbers x0, y0, x1, y1 or {', '.join(BOX_KEYS)}")
     if len(box) != 4:
         raise ValueError(f"{name} has {len(box)} numbers; accepted: x0, y0, x1, y1")
-    x0, y0, x1, y1 = (float(edge) for edge in box)
-    if not (0 <= x0 < x1 <= size_HW[1] and 0 <= y0 < y1 <= size_HW[0]):
-        accepted = f"finite 0 <= x0 < x1 <= {size_HW[1]}, 0 <= y0 < y1 <= {size_HW[0]}"
-        raise ValueError(f"{name} is {[x0, y0, x1, y1]}; accepted: {accepted}")
-    mask_HW = np.zeros(size_HW, dtype=bool)
-    mask_HW[int(np.floor(y0)) : int(np.ceil(y1)), int(np.floor(x0)) : int(np.ceil(x1))] = True
-    return mask_HW
+    edges = _floats(box)
+    _refuse_fractions(edges, frame.size_HW, name)
+    x0, y0, x1, y1 = edges if not is_coco else (*edges[:2], edges[0] + edges[2], edges[1] + edges[3])
+    tolerated = all(low > -POLYGON_TOLERANCE for low in (x0, y0))
+    tolerated = tolerated and x1 < width + POLYGON_TOLERANCE and y1 < height + POLYGON_TOLERANCE
+    low_x, low_y, high_x, high_y = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if not (tolerated and low_x < high_x and low_y < high_y):
+        accepted = f"finite 0 <= x0 < x1 <= {width}, 0 <= y0 < y1 <= {height}"
+        accepted += ", as x, y, width, height" if is_coco else ""
+        raise ValueError(f"{name} is {edges}; accepted: {accepted}")
+    whole = (int(np.floor(low_x)), int(np.floor(low_y)), int(np.ceil(high_x)), int(np.ceil(high_y)))
+    return StripedRegion.of_box(whole, frame.size_HW)
 
 
-def _masks_from_label_map(label_map: Any, size_HW: tuple[int, int], name: str) -> np.ndarray:
-    if isinstance(label_map, (str, os.PathLike)):
-        label_map = _open_image(label_map, name)
+def _refuse_fractions(numbers: list[float], size_HW: tuple[int, int], name: str) -> None:
+    """Refuse coordinates that are shares of the image: all in [0, 1], and not all of them whole."""
+    close = all(-FRACTION_TOLERANCE <= number <= 1 + FRACTION_TOLERANCE for number in numbers)
+    if close and any(abs(number - round(number)) > FRACTION_TOLERANCE for number in numbers):
+        pixels = f"x times {size_HW[1]} and y times {size_HW[0]}"
+        raise ValueError(f"{name} is {short(numbers)}, fractions of the image it seems; accepted: pixels ({pixels})")
+
+
+# --- label maps -------------------------------------------------------------------------------------------------------
+
+
+def _regions_of_labels(label_map: Any, frame: _Frame, name: str) -> Iterator[Region]:
+    if is_picture_source(label_map):
+        label_map = open_image(label_map, name)
     if isinstance(label_map, Image.Image):
-        if label_map.mode not in LABEL_MODES:
+        if label_map.mode not in LABEL_MODES and not label_map.mode.startswith("I;16"):
             raise ValueError(f"{name} is an image of mode {label_map.mode}; accepted: {LABEL_FORMS}")
-        label_map = np.asarray(_load_pixels(label_map, name))
-    labels_HW = _as_array(label_map)
+        label_map = np.asarray(load_pixels(label_map, name))
+    labels_HW = as_array(label_map)
     if labels_HW is None:
         raise TypeError(f"{name} is a {type(label_map).__name__}; accepted: {LABEL_FORMS}")
-    if labels_HW.dtype.kind not in "iu":
+    while labels_HW.ndim > 2 and len(labels_HW) == 1:
+        labels_HW = labels_HW[0]
+    if labels_HW.dtype.kind not in "iuf":
         hint = " (a bool mask is no label map: give it as masks)" if labels_HW.dtype == bool else ""
         raise ValueError(f"{name} has dtype {labels_HW.dtype}{hint}; accepted: {LABEL_FORMS}")
-    _check_size(labels_HW.shape, size_HW, name)
+    labels_HW = _fitted(labels_HW, frame, name)
     labels = np.unique(labels_HW)
-    labels = labels[labels != 0]
-    if labels.size == 0:
-        raise ValueError(f"{name} is 0 everywhere; accepted: at least one other label")
-    return labels_HW == labels[:, None, None]
+    if not np.isfinite(labels).all() or (labels != np.round(labels)).any():
+        odd = labels[~np.isfinite(labels) | (labels != np.round(labels))][0]
+        raise ValueError(f"{name} ({labels_HW.dtype}) holds the value {odd}; accepted: {LABEL_FORMS}")
+    if labels[0] < 0:
+        accepted = "0 for background, ids above (add 1 to a map whose background is -1 and whose ids start at 0)"
+        raise ValueError(f"{name} holds the negative label {labels[0]:.0f}; accepted: {accepted}")
+    for label in labels[labels != 0]:
+        region = CroppedRegion.of_mask(labels_HW == label)
+        assert region is not None  # the label was found
+        yield region
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """The numpy form of an array or tensor, None for anything else."""
+    return to_numpy(value) if isinstance(value, (np.ndarray, torch.Tensor)) else None
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether `value` is a flat sequence of numbers."""
+    if isinstance(value, (list, tuple)):
+        kinds = set(map(type, value))
+        return all(issubclass(kind, Real) and not issubclass(kind, bool) for kind in kinds)
+    array = as_array(value)
+    return array is not None and array.ndim == 1 and array.dtype.kind in "iuf"
+
+
+def _plain_numbers(value: Any) -> tuple:
+    """A size as a tuple of numbers; () for anything else."""
+    array = as_array(value)
+    values = array.ravel().tolist() if array is not None else value
+    if not isinstance(values, (list, tuple)):
+        return ()
+    arrays = [as_array(item) for item in values]
+    values = [v if array is None else array.tolist() for v, array in zip(values, arrays, strict=True)]
+    return tuple(values) if _is_numbers(values) else ()
+
+
+def _floats(numbers: Any) -> list[float]:
+    """Numbers as floats; what is too large for one is infinite."""
+    found = []
+    for number in numbers:
+        try:
+            found.append(float(number))
+        except OverflowError:
+            found.append(float("inf"))
+    return found
+
+
+def short(value: Any) -> str:
+    """The beginning of an object's repr, whatever its size and depth."""
+    printer = reprlib.Repr()
+    printer.maxlist = printer.maxtuple = 12
+    printer.maxdict = 8
+    printer.maxstring = printer.maxother = printer.maxlong = 60
+    return printer.repr(value)

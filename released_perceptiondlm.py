@@ -4,8 +4,13 @@ Nothing but configuration_perceptiondlm, which gives each rule its switch, impor
 sequence_perceptiondlm.
 """
 
-import torch
+from collections.abc import Callable
 
+import numpy as np
+import torch
+from PIL import Image
+
+from .coverage_perceptiondlm import Region
 from .region_features_perceptiondlm import AlignedRois, merge_tiles
 from .sequence_perceptiondlm import FullLayout, Relations
 
@@ -46,3 +51,18 @@ def released_schedule(num_slots: int, steps: int) -> list[int]:
     """
     decided = [num_slots - int(num_slots * (steps - 1 - step) / steps) for step in range(steps)]
     return decided[: decided.index(num_slots) + 1]
+
+
+def nearest_coverage(
+    region: Region, prompt_id: int, cut: Callable[[Image.Image], np.ndarray], patch_size: int
+) -> np.ndarray:
+    """Whether one pixel of every patch belongs to a region: float32 (T, P, P), 0 or 1; small regions can vanish.
+
+    A picture of the prompt id on 255 is resized like the image; every level below 255 counts as region.
+
+    Args:
+        cut: a grey picture to tiles (T, s, s, 1), as the image is cut.
+        patch_size: side of a patch in pixels.
+    """
+    picture = Image.fromarray(np.where(region.mask(), prompt_id, 255).astype(np.uint8))
+    return (cut(picture)[:, ::patch_size, ::patch_size, 0] != 255).astype(np.float32)

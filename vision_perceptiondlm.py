@@ -191,17 +191,27 @@ class PromptedSiglipVisionModel(SiglipVisionModel):
         self.post_layernorm.requires_grad_(False)  # features are taken before it
 
     def forward(self, pixel_values: torch.Tensor, feature_layer: int, patch_addend: torch.Tensor | None = None):
-        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run.
-
-        Positions are interpolated for pictures that are no whole tile (crops).
-        """
+        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run."""
         pixels = pixel_values.to(self.embeddings.patch_embedding.weight.dtype)
-        hidden_TPC = self.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != self.config.image_size)
+        is_tile = pixels.shape[-1] == self.config.image_size
+        hidden_TPC = self.embeddings(pixels) if is_tile else self.embed_crops(pixels)
         if patch_addend is not None:
             hidden_TPC = hidden_TPC + patch_addend
         for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
             hidden_TPC = layer(hidden_TPC, None)
         return hidden_TPC
+
+    def embed_crops(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embedded patches of pictures of another side than a tile's, at positions interpolated between a tile's.
+
+        As `SiglipVisionEmbeddings` does it, whose positions cannot be read where weights are loaded on being called.
+        """
+        patches_TCpp = self.embeddings.patch_embedding(pixels)
+        side = self.config.image_size // self.config.patch_size
+        positions_PC = self.embeddings.position_embedding(torch.arange(side**2, device=pixels.device))
+        positions_1CPP = positions_PC.T.reshape(1, -1, side, side)
+        positions_1Cpp = F.interpolate(positions_1CPP, patches_TCpp.shape[-2:], mode="bicubic", align_corners=False)
+        return (patches_TCpp + positions_1Cpp).flatten(2).transpose(1, 2)
 
 
 # What `vision_config.model_type` may be.

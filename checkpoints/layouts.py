@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perceptiondlm.processing_perceptiondlm import chat_template
+from perceptiondlm.checkpoints.chat_templates import chat_template
 
 
 # Decoding of the released base model never emits these: end of text, start of text, headers, mask.

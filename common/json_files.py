@@ -7,13 +7,15 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; refuses a missing or broken file by name."""
+    """A JSON file's content, with or without a byte order mark; refuses a missing or broken file by name."""
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # its syntax, its encoding, or a number of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is JSON nested too deeply to be read") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -61,6 +61,12 @@ def test_no_circle_among_modules():
     assert circle(graph) is None, " -> ".join(circle(graph))
 
 
+def test_what_exists_for_the_published_weights_stands_behind_one_seam():
+    """The word that marks it occurs in the root only where the seam is, and the leaf is imported there alone."""
+    seam = {"configuration_perceptiondlm.py", "released_perceptiondlm.py"}
+    assert {path.name for path in ROOT.glob("*.py") if "released" in path.read_text().lower()} == seam
+
+
 def executed_imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     guarded = {

@@ -23,7 +23,8 @@ from PIL import Image
 
 from perceptiondlm.common.json_files import read_json
 from perceptiondlm.evaluation.photos.names import CategoryNames
-from perceptiondlm.regions_perceptiondlm import load_image, region_masks
+from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.regions_perceptiondlm import region_masks
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,25 @@ class NamedPicture:
 
     def open(self) -> Image.Image:
         """The picture in RGB; raises as `load_image` does, and ValueError where its size is not the annotated one."""
-        image = load_image(self.path, name=str(self.path))
+        return self.checked(load_image(self.path, name=str(self.path)))
+
+    def checked(self, image: Image.Image) -> Image.Image:
+        """The opened picture; ValueError where its size is not the annotated one."""
         if self.size is not None and (image.height, image.width) != self.size:
             raise ValueError(f"{self.path} is {image.height} x {image.width}, annotated as {self.size} (height, width)")
         return image
 
-    def masks(self, size: tuple[int, int]) -> np.ndarray:
-        """Bool masks (N, H, W) of all regions in a picture of `size` (height, width)."""
+    def masks(self, size: tuple[int, int], chosen: Sequence[int] | None = None) -> np.ndarray:
+        """Bool masks (N, H, W) of regions, by default of all, in a picture of `size` (height, width)."""
+        regions = self.regions if chosen is None else [self.regions[index] for index in chosen]
         if self.segments is None:
             whole = np.ones(size, bool)
-            masks = [whole if region.mask is None else region.mask for region in self.regions]
+            masks = [whole if region.mask is None else region.mask for region in regions]
             return region_masks(size, masks=masks, name=f"regions of {self.path.name}")
         with Image.open(self.segments) as picture:
             channels = np.asarray(picture.convert("RGB")).astype(np.int64)
         ids_HW = channels @ np.array([1, 256, 256**2])
-        segments = np.stack([ids_HW == region.mask for region in self.regions])
+        segments = np.stack([ids_HW == region.mask for region in regions])
         return region_masks(size, masks=segments, name=f"segments of {self.segments.name}")
 
 

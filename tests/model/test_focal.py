@@ -61,20 +61,19 @@ def test_boxes_in_crops_show_the_same_pixels():
 
 def test_appearance_is_the_colour_under_the_mask_alone():
     pixels = np.full((40, 40, 3), 255, np.uint8)
-    mask = np.zeros((1, 40, 40), bool)
-    mask[0, 10:30, 10:20] = True
+    mask = np.zeros((40, 40), bool)
+    mask[10:30, 10:20] = True
     pixels[10:30, 10:20] = (255, 0, 0)
-    found = mask_appearance(pixels, mask, np.array([[10, 10, 30, 30]]), 2)
+    found = mask_appearance(pixels[10:30, 10:30], mask[10:30, 10:30], 2)
     red = np.array([1, -1, -1, 0, 0, 0], np.float32)
-    np.testing.assert_allclose(found[0], np.tile(red, (4, 1)), atol=1e-6)  # empty bins carry the region's values
+    np.testing.assert_allclose(found, np.tile(red, (4, 1)), atol=1e-6)  # empty bins carry the region's values
 
 
 def test_appearance_tells_stripes_from_their_mean():
     striped = np.zeros((32, 32, 3), np.uint8)
     striped[::2] = 255
     plain = np.full((32, 32, 3), 128, np.uint8)
-    mask, box = np.ones((1, 32, 32), bool), np.array([[0, 0, 32, 32]])
-    stripes, flat = (mask_appearance(p, mask, box, 4)[0] for p in (striped, plain))
+    stripes, flat = (mask_appearance(pixels, np.ones((32, 32), bool), 4) for pixels in (striped, plain))
     np.testing.assert_allclose(stripes[:, :3], flat[:, :3], atol=0.01)
     assert stripes[:, 3:].min() > 0.9
     assert flat[:, 3:].max() < 0.01

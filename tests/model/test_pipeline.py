@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from io import BytesIO
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from transformers import ImageSegmentationPipeline, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import ImageSegmentationPipeline, SegformerConfig, SegformerForSemanticSegmentation, pipeline
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
@@ -246,8 +247,139 @@ def test_a_bad_sample_is_refused_when_its_turn_comes(pipe, expected):
     samples = [{"image": IMAGES[0], "masks": MASKS[0]}, {"image": IMAGES[1], "masks": [np.zeros((64, 64), bool)]}]
     results = pipe(iter(samples))
     assert next(results) == expected[0]
-    with pytest.raises(ValueError, match=r"masks\[0\]\[0\] is empty"):
+    with pytest.raises(ValueError, match=r"sample 1: masks\[0\] is empty"):
         next(results)
+
+
+def test_a_sequence_ends_at_its_length(pipe, expected):
+    """A map-style dataset may well answer beyond it."""
+
+    class Repeating(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"image": IMAGES[index % 3], "masks": MASKS[index % 3]}
+
+    class Bare:
+        __len__, __getitem__ = Repeating.__len__, Repeating.__getitem__
+
+    assert_same_lists(list(pipe(Repeating(), batch_size=2)), expected)
+    assert_same_lists(list(pipe(Bare(), batch_size=2)), expected)
+
+
+SAMPLES = [{"image": image, "masks": masks} for image, masks in zip(IMAGES, MASKS, strict=True)]
+BAD_SAMPLES = {
+    "missing file": ({"image": "no/such.png", "masks": MASKS[0]}, "image: there is no file no/such.png"),
+    "no picture": ({"image": b"abc", "masks": MASKS[0]}, "image: 3 bytes cannot be read"),
+    "empty mask": ({"image": IMAGES[1], "masks": [np.zeros((64, 64), bool)]}, "masks[0] is empty"),
+    "no regions": ({"image": IMAGES[1]}, "a sample needs 'image' and one of"),
+    "no sample": (7, "a sample is a int"),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_a_bad_sample_is_skipped_and_named(case, batch_size, pipe, expected):
+    bad, words = BAD_SAMPLES[case]
+    samples = [SAMPLES[0], SAMPLES[1], bad, SAMPLES[2]]
+    results = list(pipe(iter(samples), batch_size=batch_size, on_error="skip"))
+    assert_same_lists([results[0], results[1], results[3]], expected)
+    assert results[2] is None
+    (failure,) = pipe.failures
+    assert failure["sample"] == 2
+    assert words in failure["error"]
+
+
+def test_results_before_a_bad_sample_of_the_batch_come_out(pipe, expected):
+    results = pipe(iter([*SAMPLES[:2], BAD_SAMPLES["no picture"][0]]), batch_size=3)
+    assert_same_lists([next(results), next(results)], expected[:2])
+    with pytest.raises(ValueError, match="sample 2: image: 3 bytes"):
+        next(results)
+
+
+def test_a_dataset_whose_row_cannot_be_decoded_goes_on(pipe, expected):
+    rows = {"image": [{"bytes": b"abc", "path": None}, *({"bytes": png(i), "path": None} for i in IMAGES[1:])]}
+    rows["masks"] = [[rle(mask) for mask in masks] for masks in MASKS]
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    results = list(pipe(dataset, on_error="skip"))
+    assert results[0] is None
+    assert_same_lists(results[1:], expected[1:])
+    encoded = dataset.cast_column("image", datasets.Image(decode=False)).select([1, 2])
+    assert_same_lists(list(pipe(encoded)), expected[1:])
+
+
+def png(image):
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_wrong_settings_are_raised_even_where_bad_samples_are_skipped(pipe):
+    with pytest.raises(ValueError, match="steps"):
+        pipe(SAMPLES, on_error="skip", steps=0)
+    with pytest.raises(ValueError, match=r"on_error must be one of \('raise', 'skip'\), got 'ignore'"):
+        pipe(SAMPLES, on_error="ignore")
+
+
+def test_images_without_regions_give_empty_lists(pipe, expected):
+    for regions in ({"masks": []}, {"boxes": []}, {"label_map": np.zeros((64, 128), int)}, {"masks": {"masks": []}}):
+        assert pipe(IMAGES[0], **regions) == []
+    samples = [{"image": IMAGES[0], "masks": []}, SAMPLES[1], {"image": IMAGES[2], "boxes": np.zeros((0, 4))}]
+    for batch_size in (1, 3):
+        found = list(pipe(iter(samples), batch_size=batch_size))
+        assert_same_lists(found, [[], expected[1], []])
+    assert pipe(IMAGES[:2], masks=[[], []]) == [[], []]
+
+
+def test_samples_of_a_batch_may_give_regions_in_different_forms(pipe, expected):
+    samples = [SAMPLES[0], {"image": IMAGES[1], "boxes": BOXES[1]}]
+    assert_same_lists(pipe(samples, batch_size=2), expected[:2])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_no_result(workers, pipe, expected):
+    dataset = dataset_of()
+    assert_same_lists(list(pipe(dataset, batch_size=2, num_workers=workers)), expected)
+    assert_same_lists(pipe(IMAGES, masks=MASKS, num_workers=workers), expected)
+    samples = [*SAMPLES, BAD_SAMPLES["no picture"][0]] * 5
+    results = list(pipe(iter(samples), batch_size=3, num_workers=workers, on_error="skip"))
+    assert [result is None for result in results] == [False, False, False, True] * 5
+    assert [failure["sample"] for failure in pipe.failures] == [3, 7, 11, 15, 19]
+
+
+def test_workers_prepare_the_next_samples_while_the_model_runs(model, processor):
+    """With workers, later samples have been asked for when the first batch reaches the model."""
+    asked = []
+
+    def samples():
+        for number in range(8):
+            asked.append(number)
+            yield SAMPLES[number % 3]
+
+    class Watching(RegionCaptioningPipeline):
+        def _forward(self, *args, **kwargs):
+            self.seen = [*getattr(self, "seen", []), len(asked)]
+            return super()._forward(*args, **kwargs)
+
+    pipe = Watching(model=model, processor=processor, **SETTINGS)
+    list(pipe(samples(), batch_size=2))
+    assert pipe.seen == [2, 4, 6, 8]
+    asked.clear()
+    pipe.seen = []
+    list(pipe(samples(), batch_size=2, num_workers=2))
+    assert pipe.seen[0] > 2
+
+
+def test_pipeline_from_objects_needs_no_remote_code(model, processor, expected):
+    pipe = pipeline("region-captioning", model=model, processor=processor, **SETTINGS)
+    assert isinstance(pipe, RegionCaptioningPipeline)
+    assert pipe(IMAGES[0], masks=MASKS[0]) == expected[0]
+
+
+def test_points_ask_for_a_segmenter(pipe):
+    with pytest.raises(ValueError, match="a segmenter such as SAM"):
+        pipe(IMAGES[0], points=[[12, 7, 1]])
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

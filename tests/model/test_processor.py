@@ -1,6 +1,7 @@
 """The processor: batches as documented, tiling, prompts, coverage, answers, and what it refuses."""
 
 import re
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from perceptiondlm.coverage_perceptiondlm import CroppedRegion
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor, best_grid
+from perceptiondlm.released_perceptiondlm import nearest_coverage
 from perceptiondlm.sequence_perceptiondlm import ROI, SEPARATOR, SHARED
 
 
@@ -82,7 +85,7 @@ def test_batch_holds_the_documented_keys_shapes_and_dtypes(conditioning, replay,
         "region_ids": ((rows, length), torch.int64),
         "num_regions": ((rows,), torch.int64),
         "sample_ids": ((rows,), torch.int64),
-        "pixel_values": ((tiles, 3, SIDE, SIDE), torch.float32),
+        "pixel_values": ((tiles, 3, SIDE, SIDE), torch.uint8),
         "tile_grids": ((images, 2), torch.int64),
         "image_sizes": ((images, 2), torch.int64),
         "region_boxes": ((regions, 4), torch.int64),
@@ -186,7 +189,15 @@ def test_an_image_of_one_tile_has_no_thumbnail_and_is_resized(replay):
     image = noise_image(60, 62)
     tiles = replay(images=image, boxes=[[0, 0, 9, 9]])["pixel_values"]
     small = torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
-    torch.testing.assert_close(tiles, (small.permute(2, 0, 1)[None] / 255 - 0.5) / 0.5)
+    assert torch.equal(tiles, small.permute(2, 0, 1)[None])
+
+
+def test_tiles_in_bytes_are_normalised_by_the_model_as_numpy_does_it(replay_model, replay):
+    """Bit for bit what tiles were that the processor had normalised."""
+    tiles = replay(images=WIDE, masks=WIDE_MASKS)["pixel_values"]
+    normalised = torch.from_numpy((tiles.numpy().astype(np.float32) / 255.0 - np.float32(0.5)) / np.float32(0.5))
+    with torch.no_grad():
+        assert torch.equal(replay_model.encode_tiles(tiles), replay_model.encode_tiles(normalised))
 
 
 # --- prompt -----------------------------------------------------------------------------------------------------------
@@ -413,7 +424,9 @@ def test_vision_splits_regions_into_groups_of_as_many_as_there_are_prompts(visio
     batch = vision(images=[WIDE, SQUARE], boxes=[boxes, boxes[:2]])
     assert batch["num_regions"].tolist() == [3, 3, 2, 2]
     assert batch["sample_ids"].tolist() == [0, 0, 0, 1]
-    assert batch["tile_grids"].tolist() == [[2, 1], [2, 1], [2, 1], [1, 1]]
+    assert batch["tile_grids"].tolist() == [[2, 1], [1, 1]]  # each image once, whatever the number of its groups
+    assert batch["image_ids"].tolist() == [0, 0, 0, 1]
+    assert len(batch["pixel_values"]) == 3 + 1
     assert batch["region_boxes"].tolist() == boxes + boxes[:2]
     assert [sorted(set(row.tolist())) for row in batch["region_ids"]] == [[-1, 0, 1, 2]] * 2 + [[-1, 0, 1]] * 2
     coverage = batch["prompt_coverage"]
@@ -651,7 +664,8 @@ def test_nearest_masks_ask_one_pixel_of_a_resized_picture(vision_config, tiny_pr
     mask = np.random.default_rng(0).random((90, 170)) < 0.02
     columns, rows = processor._grid((170, 90), None)
     step = processor.patch_size
-    found = processor._nearest_coverage(mask[None], (columns, rows), np.array([2]))[:, 0]
+    region = CroppedRegion.of_mask(mask)
+    found = nearest_coverage(region, 2, lambda picture: processor._cut(picture, (columns, rows)), step)
     picture = Image.fromarray(np.where(mask, 2, 255).astype(np.uint8))
     wide = np.asarray(picture.resize((columns * SIDE, rows * SIDE), Image.Resampling.BICUBIC))
     for tile, coverage in enumerate(found[: columns * rows]):
@@ -660,3 +674,19 @@ def test_nearest_masks_ask_one_pixel_of_a_resized_picture(vision_config, tiny_pr
     thumbnail = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(found[-1], thumbnail[::step, ::step] != 255)
     assert 0 < found.mean() < 1
+
+
+@pytest.mark.parametrize("conditioning", ["replay", "vision"])
+def test_full_masks_of_run_lengths_are_never_in_memory(conditioning, replay, vision):
+    size = (2000, 3000)
+    image, mask = Image.new("RGB", size[::-1]), block(3000, 2000, 100, 50, 2900, 1900)
+    regions = [encoded(mask)] * 20
+    processor = {"replay": replay, "vision": vision}[conditioning]
+    tracemalloc.start()
+    try:
+        batch = processor(images=image, masks=regions)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert batch["num_regions"].sum() == 20
+    assert peak < 2 * mask.nbytes  # 20 masks would take 20 times mask.nbytes

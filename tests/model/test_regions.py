@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from perceptiondlm import images_perceptiondlm as images
 from perceptiondlm import regions_perceptiondlm as regions
-from perceptiondlm.regions_perceptiondlm import area_pool, box_coverage, load_image, mask_boxes, region_masks
+from perceptiondlm.coverage_perceptiondlm import CroppedRegion, StripedRegion
+from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.regions_perceptiondlm import region_masks, regions_of
 
 
 HEIGHT, WIDTH = SIZE = (10, 16)
@@ -65,7 +68,7 @@ def segment(mask, label="thing", score=0.9):
 def generated(masks, stack=False):
     """What the mask-generation pipeline returns: a list of bool tensors, decoded from RLE and so transposed in
     memory, with its two optional keys; or the masks stacked, as (N, H, W)."""
-    boxes = torch.from_numpy(mask_boxes(np.stack(masks)))
+    boxes = torch.tensor([CroppedRegion.of_mask(mask).box for mask in masks])
     found = [torch.from_numpy(mask.T.copy()).transpose(0, 1) for mask in masks]
     found = torch.stack(found) if stack else found
     rles = [rle_as_runs(mask) for mask in masks]
@@ -240,7 +243,7 @@ BOXES = {
 def test_boxes_are_half_open_and_become_filled_masks(form):
     masks = region_masks(SIZE, boxes=BOXES[form])
     np.testing.assert_array_equal(masks, MASK[None])
-    np.testing.assert_array_equal(mask_boxes(masks), [[X0, Y0, X1, Y1]])
+    assert [region.box for region in regions_of(SIZE, boxes=BOXES[form])] == [(X0, Y0, X1, Y1)]
 
 
 def test_box_of_the_whole_image():
@@ -279,10 +282,6 @@ TOTAL = HEIGHT * WIDTH
 BAD_INPUTS = {
     "nothing": ({}, ValueError, "exactly one of masks, boxes and label_map; got none"),
     "two arguments": ({"masks": MASK, "boxes": [[0, 0, 1, 1]]}, ValueError, "got masks and boxes"),
-    "no region in a list": ({"masks": []}, ValueError, "masks holds no region"),
-    "no region in an array": ({"masks": np.zeros((0, *SIZE), dtype=bool)}, ValueError, "masks holds no region"),
-    "no region generated": ({"masks": {"masks": [], "scores": []}}, ValueError, "masks holds no region"),
-    "no box": ({"boxes": np.zeros((0, 4))}, ValueError, "boxes holds no region"),
     "empty mask": ({"masks": [MASK, EMPTY]}, ValueError, "masks[1] is empty (0 pixels set)"),
     "empty segment": ({"masks": [segment(EMPTY)]}, ValueError, "masks[0] is empty"),
     "transposed mask": ({"masks": [MASK, MASK.T]}, ValueError, "masks[1] is 16 x 10; accepted: the image's 10 x 16"),
@@ -302,7 +301,7 @@ BAD_INPUTS = {
     "NaN tensor": (
         {"masks": torch.from_numpy(with_value(np.nan, np.float32))},
         ValueError,
-        "accepted: bool, integers {0, 1} or {0, 255}, floats {0, 1}",
+        "accepted: bool, integers {0, 1}, {0, 255} or {0, 65535}, floats {0, 1}",
     ),
     "complex": ({"masks": MASK.astype(complex)}, ValueError, "masks[0] has dtype complex128"),
     "number": ({"masks": [MASK, 3]}, TypeError, "masks[1] is a int"),
@@ -357,10 +356,9 @@ BAD_INPUTS = {
     "box empty": ({"boxes": [[2, 2, 2, 5]]}, ValueError, "0 <= x0 < x1 <= 16, 0 <= y0 < y1 <= 10"),
     "box reversed": ({"boxes": [[0, 0, 1, 1], [2, 5, 4, 2]]}, ValueError, "boxes[1] is [2.0, 5.0, 4.0, 2.0]"),
     "box outside": ({"boxes": [[0, 0, 17, 5]]}, ValueError, "boxes[0] is [0.0, 0.0, 17.0, 5.0]"),
-    "box below 0": ({"boxes": [[0, -0.1, 5, 5]]}, ValueError, "boxes[0] is [0.0, -0.1, 5.0, 5.0]"),
-    "label map of zeros": ({"label_map": LABELS * 0}, ValueError, "label_map is 0 everywhere"),
+    "box below 0": ({"boxes": [[0, -1.1, 5, 5]]}, ValueError, "boxes[0] is [0.0, -1.1, 5.0, 5.0]"),
     "label map of bools": ({"label_map": MASK}, ValueError, "a bool mask is no label map"),
-    "label map of floats": ({"label_map": LABELS * 1.0}, ValueError, "label_map has dtype float64"),
+    "label map of fractions": ({"label_map": LABELS * 0.5}, ValueError, "label_map (float64) holds the value 1.5"),
     "label map of another size": ({"label_map": LABELS.T}, ValueError, "label_map is 16 x 10"),
     "label map in colour": ({"label_map": Image.new("RGB", (16, 10))}, ValueError, "an image of mode RGB"),
     "label map of 1 bit": ({"label_map": Image.new("1", (16, 10))}, ValueError, "an image of mode 1"),
@@ -449,10 +447,10 @@ def test_image_files_and_addresses(tmp_path, monkeypatch):
         asked.append((request.full_url, timeout))
         return BytesIO(data)
 
-    monkeypatch.setattr(regions, "urlopen", reply)
+    monkeypatch.setattr(images, "urlopen", reply)
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), "https://example.org/a.png"):
         np.testing.assert_array_equal(np.asarray(load_image(source)), RGB)
-    assert asked == [("https://example.org/a.png", regions.URL_TIMEOUT_SECONDS)]
+    assert asked == [("https://example.org/a.png", images.URL_TIMEOUT_SECONDS)]
 
 
 def test_exif_orientation_is_not_applied(tmp_path):
@@ -474,7 +472,7 @@ def test_first_picture_of_a_phone_photo_is_taken():
 
 
 BAD_IMAGES = {
-    "CMYK": (Image.new("CMYK", (4, 4)), ValueError, "image has mode CMYK; accepted: RGB, 1, L, LA, P, RGBA"),
+    "CMYK": (Image.new("CMYK", (4, 4)), ValueError, "image has mode CMYK; accepted: RGB, 1, L, LA, La, P"),
     "YCbCr": (Image.new("YCbCr", (4, 4)), ValueError, "mode YCbCr"),
     "LAB": (Image.new("LAB", (4, 4)), ValueError, "mode LAB"),
     "HSV": (Image.new("HSV", (4, 4)), ValueError, "mode HSV"),
@@ -495,7 +493,7 @@ BAD_IMAGES = {
     "grey tensor": (torch.from_numpy(GREY), ValueError, "Tensor of torch.uint8 (10, 16)"),
     "float tensor": (torch.zeros(3, 4, 4), ValueError, "Tensor of torch.float32 (3, 4, 4)"),
     "bfloat16 tensor": (torch.zeros(3, 4, 4).bfloat16(), ValueError, "Tensor of torch.bfloat16"),
-    "bytes": (b"...", TypeError, "image is a bytes; accepted: PIL image, path"),
+    "bytes": (b"...", ValueError, "image: 3 bytes cannot be read (no image format fits)"),
     "None": (None, TypeError, "image is a NoneType"),
 }
 
@@ -525,34 +523,34 @@ def test_unreachable_address_is_refused(monkeypatch):
     def refuse(request, timeout):
         raise OSError("no route")
 
-    monkeypatch.setattr(regions, "urlopen", refuse)
+    monkeypatch.setattr(images, "urlopen", refuse)
     with pytest.raises(ValueError, match=r"image: http://example\.org/a\.png cannot be read \(no route\)"):
         load_image("http://example.org/a.png")
 
 
-def test_boxes_of_masks_are_tight_and_half_open():
-    generator = np.random.default_rng(1)
-    masks = generator.random((20, *SIZE)) < 0.03
+def random_masks(seed, count=20, size=SIZE, share=0.03):
+    masks = np.random.default_rng(seed).random((count, *size)) < share
     masks[:, 4, 7] = True
+    return masks
+
+
+def test_boxes_and_areas_of_regions_are_those_of_their_masks():
+    masks = random_masks(1)
     masks[0] = True
     masks[1] = block(15, 9, 16, 10)
-    for mask, box in zip(masks, mask_boxes(masks), strict=True):
-        rows, columns = np.nonzero(mask)
-        assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert mask_boxes(masks).dtype == np.int64
+    for given in (list(masks), [rle(mask) for mask in masks]):
+        for mask, region in zip(masks, regions_of(SIZE, masks=given), strict=True):
+            rows, columns = np.nonzero(mask)
+            assert region.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert region.area == mask.sum()
+            np.testing.assert_array_equal(region.mask(), mask)
 
 
-@pytest.mark.parametrize(
-    ("masks", "fragment"),
-    [
-        (np.stack([MASK, EMPTY]), r"masks\[1\] is empty"),
-        (MASK, r"bool \(10, 16\); accepted"),
-        (MASK[None].astype(np.uint8), "uint8"),
-    ],
-)
-def test_boxes_of_bad_masks_are_refused(masks, fragment):
-    with pytest.raises(ValueError, match=fragment):
-        mask_boxes(masks)
+def test_regions_are_read_one_by_one():
+    found = regions_of(SIZE, masks=[MASK, EMPTY])
+    assert next(found).area == MASK.sum()
+    with pytest.raises(ValueError, match="empty"):
+        next(found)
 
 
 def slow_pool(values, x_edges, y_edges):
@@ -568,25 +566,31 @@ def slow_pool(values, x_edges, y_edges):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (10, 16), (23, 37)])
-@pytest.mark.parametrize("dtype", [bool, np.float32])
-def test_area_pooling_equals_a_loop_over_pixels(rows, columns, dtype):
+def test_pooling_equals_a_loop_over_pixels_for_masks_and_run_lengths(rows, columns):
     generator = np.random.default_rng(rows)
-    masks = generator.random((2, *SIZE))
-    masks = masks < 0.4 if dtype is bool else masks.astype(dtype)
+    masks = random_masks(rows, count=2, share=0.4)
     grids = [
         (np.linspace(0, WIDTH, columns + 1), np.linspace(0, HEIGHT, rows + 1)),
         (np.sort(generator.random(columns + 1)) * WIDTH, np.sort(generator.random(rows + 1)) * HEIGHT),
     ]
-    for x_edges, y_edges in grids:
-        pooled = area_pool(masks, x_edges, y_edges)
-        assert pooled.dtype == np.float32
-        expected = [slow_pool(mask, x_edges, y_edges) for mask in masks]
-        np.testing.assert_allclose(pooled, expected, atol=1e-6)
+    for mask in masks:
+        for region in (CroppedRegion.of_mask(mask), *regions_of(SIZE, masks=rle(mask))):
+            for x_edges, y_edges in grids:
+                pooled = region.pool(x_edges, y_edges)
+                assert pooled.dtype == np.float32
+                np.testing.assert_allclose(pooled, slow_pool(mask, x_edges, y_edges), atol=1e-6)
+
+
+def test_run_lengths_are_an_own_form_and_boxes_are_filled():
+    (region,) = regions_of(SIZE, masks=rle(MASK))
+    assert isinstance(region, StripedRegion)
+    (box,) = regions_of(SIZE, boxes=[[X0, Y0, X1, Y1]])
+    np.testing.assert_array_equal(box.crop(), np.ones((Y1 - Y0, X1 - X0)))
 
 
 def test_pooling_over_the_pixels_themselves_changes_nothing():
-    pooled = area_pool(MASK[None], np.arange(WIDTH + 1), np.arange(HEIGHT + 1))
-    np.testing.assert_array_equal(pooled[0], MASK)
+    for region in (CroppedRegion.of_mask(MASK), *regions_of(SIZE, masks=rle(MASK))):
+        np.testing.assert_array_equal(region.pool(np.arange(WIDTH + 1), np.arange(HEIGHT + 1)), MASK)
 
 
 def test_no_single_pixel_vanishes_from_a_coarse_grid():
@@ -594,7 +598,7 @@ def test_no_single_pixel_vanishes_from_a_coarse_grid():
     edges = np.linspace(0, size[1], 8), np.linspace(0, size[0], 6)
     for row, column in [(0, 0), (96, 130), (48, 65), (19, 18)]:
         mask = block(column, row, column + 1, row + 1, size=size)
-        pooled = area_pool(mask[None], *edges)[0]
+        pooled = CroppedRegion.of_mask(mask).pool(*edges)
         assert pooled.max() > 0
         area = np.diff(edges[1])[:, None] * np.diff(edges[0])
         assert (pooled * area).sum() == pytest.approx(1, rel=1e-5)
@@ -602,36 +606,30 @@ def test_no_single_pixel_vanishes_from_a_coarse_grid():
 
 @pytest.mark.parametrize("bins", [1, 4, 7, 32])
 def test_box_coverage_equals_pooling_the_crop(bins):
-    masks = np.random.default_rng(bins).random((3, *SIZE)) < 0.1
-    masks[:, 5, 5] = True
-    boxes = mask_boxes(masks)
-    coverage = box_coverage(masks, boxes, bins)
-    assert coverage.dtype == np.float32
-    assert coverage.min() >= 0
-    assert coverage.max() <= 1
-    for mask, (x0, y0, x1, y1), found in zip(masks, boxes, coverage, strict=True):
-        crop = mask[y0:y1, x0:x1]
-        edges = np.linspace(0, x1 - x0, bins + 1), np.linspace(0, y1 - y0, bins + 1)
-        np.testing.assert_allclose(found, slow_pool(crop, *edges), atol=1e-6)
+    for mask in random_masks(bins, count=3, share=0.1):
+        for region in (CroppedRegion.of_mask(mask), *regions_of(SIZE, masks=rle(mask))):
+            x0, y0, x1, y1 = region.box
+            found = region.coverage(bins)
+            assert found.dtype == np.float32
+            assert 0 <= found.min() <= found.max() <= 1
+            edges = np.linspace(0, x1 - x0, bins + 1), np.linspace(0, y1 - y0, bins + 1)
+            np.testing.assert_allclose(found, slow_pool(mask[y0:y1, x0:x1], *edges), atol=1e-6)
 
 
 @pytest.mark.parametrize("bins", [1, 3, 14])
 def test_a_mask_that_fills_its_box_is_covered_exactly(bins):
-    masks = np.stack([block(5, 5, 6, 6), block(0, 0, 7, 3), block(0, 0, 16, 10), block(13, 2, 16, 9)])
-    coverage = box_coverage(masks, mask_boxes(masks), bins)
-    np.testing.assert_array_equal(coverage, np.ones((4, bins, bins), dtype=np.float32))
+    for mask in (block(5, 5, 6, 6), block(0, 0, 7, 3), block(0, 0, 16, 10), block(13, 2, 16, 9)):
+        for region in (CroppedRegion.of_mask(mask), *regions_of(SIZE, masks=rle(mask))):
+            np.testing.assert_array_equal(region.coverage(bins), np.ones((bins, bins), dtype=np.float32))
 
 
 BAD_POOLING = {
-    "edges beyond": (lambda: area_pool(MASK[None], np.array([0, 17]), np.array([0, 10])), "x_edges is [0.0, 17.0]"),
-    "edges below": (lambda: area_pool(MASK[None], np.array([0, 16]), np.array([-1, 10])), "y_edges is [-1.0, 10.0]"),
-    "edges repeat": (lambda: area_pool(MASK[None], np.array([0, 3, 3]), np.array([0, 10])), "increasing values"),
-    "one edge": (lambda: area_pool(MASK[None], np.array([0]), np.array([0, 10])), "2 or more"),
-    "NaN edge": (lambda: area_pool(MASK[None], np.array([0, np.nan, 3]), np.array([0, 10])), "x_edges is [0.0, nan"),
-    "mask (H, W)": (lambda: area_pool(MASK, np.array([0, 16]), np.array([0, 10])), "shape (10, 16)"),
-    "boxes missing": (lambda: box_coverage(np.stack([MASK, MASK]), np.zeros((1, 4)), 2), "2 masks, boxes (1, 4)"),
-    "no bins": (lambda: box_coverage(MASK[None], np.array([[0, 0, 4, 4]]), 0), "0 bins"),
-    "empty box": (lambda: box_coverage(MASK[None], np.array([[4, 0, 4, 4]]), 2), "x_edges is [4.0, 4.0, 4.0]"),
+    "edges beyond": (lambda region: region.pool(np.array([0, 17]), np.array([0, 10])), "x_edges is [0.0, 17.0]"),
+    "edges below": (lambda region: region.pool(np.array([0, 16]), np.array([-1, 10])), "y_edges is [-1.0, 10.0]"),
+    "edges repeat": (lambda region: region.pool(np.array([0, 3, 3]), np.array([0, 10])), "increasing values"),
+    "one edge": (lambda region: region.pool(np.array([0]), np.array([0, 10])), "2 or more"),
+    "NaN edge": (lambda region: region.pool(np.array([0, np.nan, 3]), np.array([0, 10])), "x_edges is [0.0, nan"),
+    "no bins": (lambda region: region.coverage(0), "0 bins"),
 }
 
 
@@ -639,5 +637,5 @@ BAD_POOLING = {
 def test_bad_pooling_arguments_are_refused(case):
     call, fragment = BAD_POOLING[case]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the fragment is checked below
-        call()
+        call(CroppedRegion.of_mask(MASK))
     assert fragment in str(caught.value)

@@ -1,5 +1,6 @@
 """The `perceptiondlm` command, on the embedded default."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -74,6 +75,91 @@ def test_several_images_go_to_a_folder_and_an_interrupted_jsonl_continues(tmp_pa
     assert SCENE not in capsys.readouterr().out
 
 
+FAST = ["--steps", "1", "--max-new-tokens", "2"]
+
+
+def coco_of_two(folder):
+    """A file about the sample scene and a second image, and that image."""
+    scene = json.loads(Path(MASKS).read_text())["annotations"]
+    second = folder / "second.png"
+    Image.open(SCENE).save(second)
+    images = [{"id": 1, "file_name": "scene.png"}, {"id": 2, "file_name": "second.png"}]
+    annotations = [{"image_id": 1 + (i > 0), "segmentation": a["mask_rle"]} for i, a in enumerate(scene)]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "coco.json", second
+
+
+def test_a_coco_file_gives_each_image_its_own_regions(tmp_path):
+    coco, second = coco_of_two(tmp_path)
+    count = len(json.loads(coco.read_text())["annotations"])
+    result = tmp_path / "r.json"
+    assert main(["caption", SCENE, str(second), "--masks", str(coco), "--json", str(result), *FAST]) == 0
+    assert [len(image["regions"]) for image in json.loads(result.read_text())] == [1, count - 1]
+
+
+def test_what_is_done_is_what_was_asked(tmp_path, capsys):
+    """Other regions, questions or settings are new work; the same again is none."""
+    result = tmp_path / "r.jsonl"
+    base = ["caption", SCENE, "--json", str(result), *FAST]
+    for count, more in enumerate(
+        [["--boxes", "10,10,100,90"], ["--boxes", "20,20,100,90"], ["--boxes", "20,20,100,90", "--question", "What?"]],
+        start=1,
+    ):
+        for _ in range(2):
+            assert main([*base, *more]) == 0
+            assert len(result.read_text().splitlines()) == count
+    assert len({json.loads(line)["request"] for line in result.read_text().splitlines()}) == 3
+
+
+def test_outputs_overwrite_nothing_unasked(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.open(SCENE).save(tmp_path / folder / "x.png")
+    images = [str(tmp_path / folder / "x.png") for folder in ("a", "b")]
+    out, result = tmp_path / "out", tmp_path / "r.json"
+    arguments = ["caption", *images, "--boxes", "10,10,100,90", "20,20,90,90", "--out", str(out), "--json", str(result)]
+    assert main([*arguments, *FAST]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["x-2.png", "x.png"]
+    assert main([*arguments, *FAST]) == 0  # the same again may replace itself
+    arguments[4] = "12,12,100,90"
+    before = {path: path.read_bytes() for path in (*out.iterdir(), result)}
+    assert main([*arguments, *FAST]) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before}
+    assert main([*arguments, "--overwrite", *FAST]) == 0
+    assert before[result] != result.read_bytes()
+
+
+def test_a_bad_image_is_named_and_the_others_are_captioned(tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(Path(SCENE).read_bytes()[:500])
+    result = tmp_path / "r.jsonl"
+    boxes = ["--boxes", "10,10,100,90", "10,10,100,90", "10,10,99999,90"]
+    assert main(["caption", str(bad), SCENE, SCENE, *boxes, "--json", str(result), *FAST]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 images failed" in error
+    assert "bad.png is truncated or damaged" in error
+    assert "boxes[0] is [10.0, 10.0, 99999.0, 90.0]" in error
+    assert [json.loads(line)["image"] for line in result.read_text().splitlines()] == [SCENE]
+
+
+def test_region_files_are_opened_one_by_one(tmp_path, monkeypatch):
+    from perceptiondlm.scripts import caption_jobs
+
+    opened = []
+    monkeypatch.setattr(caption_jobs, "read_regions", lambda path, *_: opened.append(path) or [])
+    files = [tmp_path / f"{number}.png" for number in range(300)]
+    for path in files:
+        path.write_bytes(b"")
+    options = argparse.Namespace(
+        images=[Path(SCENE)] * 300, label_map=list(map(str, files)), masks=None, boxes=None, exif=None, question=None
+    )
+    jobs = caption_jobs.plan_jobs(options)
+    assert opened == []
+    jobs[7].sample()
+    assert opened == [files[7]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +175,13 @@ def test_several_images_go_to_a_folder_and_an_interrupted_jsonl_continues(tmp_pa
         (["caption", SCENE, "--masks", MASKS, "--dtype", "float99"], "float99"),
         (["caption", SCENE, "--masks", MASKS, "--device", "abacus"], "abacus"),
         (["evaluate", "--images", "0"], "num_images"),
+        (["caption", SCENE, "--boxes", "1" * 400 + ",0,5,5"], "boxes[0] is [inf"),
+        (["caption", SCENE, "--boxes", "0.1,0.1,0.5,0.5"], "fractions of the image"),
+        (["caption", SCENE, "absent.png", "--boxes", "0,0,5,5", "0,0,5,5"], "no image file at absent.png"),
+        (["caption", SCENE, "--boxes", "0,0,5,5", "--json", "examples"], "examples is a directory"),
+        (["caption", SCENE, "--boxes", "0,0,5,5", "--json", "README.md/r.json"], "cannot be written"),
+        (["caption", SCENE, "--boxes", "0,0,5,5", "--out", "x.xyz"], "no picture format has the suffix .xyz"),
+        (["caption", SCENE, "--boxes", "0,0,5,5", "--out", SCENE], "is read by this run"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_two(arguments, message, capsys, monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from perceptiondlm.evaluation.photos.names import NameTable
+from perceptiondlm.training.data.bad_records import BadRecord
 from perceptiondlm.training.data.data_config import SourceConfig
 from perceptiondlm.training.data.named_regions import NamedRegionSource, cut_out
-from perceptiondlm.training.data.sources import BadRecord
 from perceptiondlm.training.data.true_captions import place, true_caption, with_article
 
 

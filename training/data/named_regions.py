@@ -2,17 +2,21 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from perceptiondlm.evaluation.photos.annotations import NamedPicture, read_pictures
+from perceptiondlm.coverage_perceptiondlm import CroppedRegion
+from perceptiondlm.evaluation.photos.annotations import read_pictures
 from perceptiondlm.evaluation.photos.names import CategoryNames, NameTable
-from perceptiondlm.regions_perceptiondlm import UNREADABLE, mask_boxes
+from perceptiondlm.images_perceptiondlm import UNREADABLE
+from perceptiondlm.training.data.bad_records import BadRecord
+from perceptiondlm.training.data.columns import file_content
 from perceptiondlm.training.data.data_config import SourceConfig
 from perceptiondlm.training.data.region_sets import deal
-from perceptiondlm.training.data.sources import AnswerFormat, BadRecord, Measured, Source, file_state
+from perceptiondlm.training.data.sources import AnswerFormat, Measured, Source, open_image
 from perceptiondlm.training.data.true_captions import true_caption, with_article
 
 
@@ -37,30 +41,37 @@ class NamedRegionSource(Source):
 
     @property
     def fingerprint(self) -> Sequence[Any]:
-        return [self.key, file_state(str(self.config.path))]
+        return [self.key, file_content(str(self.config.path))]
 
     def place(self, record: int) -> str:
         return f"{self.config.path}, {self.pictures[record].path.name}"
 
     def measure(self, record: int) -> Measured:
         """Tokens of every group of the uncut picture, under its regions' own names."""
-        image, masks = self._read(self.pictures[record])
-        regions = zip(self.names[record], masks, strict=True)
-        captions = [self._caption(names, image, mask, 0.0, "", record) for names, mask in regions]
+        image = self._open(record)
+        faults = self._faults(record, image)
+        good = [index for index in range(len(self.names[record])) if index not in faults]
+        if not good:
+            raise BadRecord(f"no region is good; the first: {faults[0]}")
+        captions = [
+            self._caption(self.names[record][index], image, mask, 0.0, "", record)
+            for index, mask in zip(good, self._masks(record, image, good), strict=True)
+        ]
         slots, cut = zip(*map(self.answers.slots, captions), strict=True)
         longest = sorted(slots, reverse=True)
         processor, lengths = self.answers.processor, []
-        for size in map(len, deal(len(masks), processor.num_region_prompts, "")):
+        for size in map(len, deal(len(good), processor.num_region_prompts, "")):
             answers = self.answers.copies * (sum(longest[:size]) + size)  # a marker each
             lengths.append(processor.prompt_length(image.size, size) + processor.region_text_length() + answers)
         if max(lengths) > self.answers.max_length:
-            return Measured([], too_long=len(lengths))
-        return Measured(lengths, cut=sum(cut))
+            return Measured([], too_long=len(lengths), dropped=faults)
+        return Measured(lengths, cut=sum(cut), dropped=faults)
 
     def sample(self, record: int, unit: int, seed: str) -> dict[str, Any]:
-        image, masks = self._read(self.pictures[record])
-        group = deal(len(masks), self.answers.processor.num_region_prompts, seed)[unit]
-        names, masks = [self.names[record][i] for i in group], masks[group]
+        image, left_out = self._open(record), self.dropped.get(record, ())
+        good = [index for index in range(len(self.names[record])) if index not in left_out]
+        group = [good[i] for i in deal(len(good), self.answers.processor.num_region_prompts, seed)[unit]]
+        names, masks = [self.names[record][i] for i in group], self._masks(record, image, group)
         if self.config.augment:
             image, masks, kept = cut_out(image, masks, random.Random(f"cut/{seed}/{unit}"))
             names = [names[i] for i in kept]
@@ -79,18 +90,43 @@ class NamedRegionSource(Source):
         return self.table[region.category]
 
     def _caption(self, names: CategoryNames, image, mask: np.ndarray, share: float, seed: str, record: int) -> str:
-        dice = random.Random(f"caption/{seed}/{record}/{mask_boxes(mask[None])[0].tolist()}")
+        region = CroppedRegion.of_mask(mask)
+        dice = random.Random(f"caption/{seed}/{record}/{region.box if region else ()}")
         if mask.all():  # the picture as a whole has a name; which of its pixels belong to it is not known
             name = dice.choice(names.broader) if names.broader and dice.random() < share else names.name
             return with_article(name)
         return true_caption(names, np.asarray(image), mask, share, dice)
 
-    @staticmethod
-    def _read(picture: NamedPicture) -> tuple[Image.Image, np.ndarray]:
+    def _faults(self, record: int, image: Image.Image) -> dict[int, str]:
+        """What is wrong with regions of a picture, by their place."""
+        faults = {}
+        for index, names in enumerate(self.names[record]):
+            try:
+                for word in (names.name, *names.broader):
+                    self.answers.check_text(word, f"name of region {index}")
+            except BadRecord as error:
+                faults[index] = str(error)
         try:
-            image = picture.open()
-            return image, picture.masks((image.height, image.width))
-        except (*UNREADABLE, TypeError) as error:
+            self._masks(record, image)
+        except BadRecord:
+            for index in range(len(self.names[record])):
+                try:
+                    self._masks(record, image, [index])
+                except BadRecord as error:
+                    faults[index] = str(error)
+        return faults
+
+    def _open(self, record: int) -> Image.Image:
+        picture = self.pictures[record]
+        try:
+            return picture.checked(open_image(str(picture.path), Path(), picture.path.name))
+        except ValueError as error:
+            raise BadRecord(str(error)) from error
+
+    def _masks(self, record: int, image: Image.Image, chosen: Sequence[int] | None = None) -> np.ndarray:
+        try:
+            return self.pictures[record].masks((image.height, image.width), chosen)
+        except UNREADABLE as error:
             raise BadRecord(str(error)) from error
 
 
