@@ -17,7 +17,7 @@ from perceptiondlm.training.data.columns import file_content
 from perceptiondlm.training.data.data_config import SourceConfig
 from perceptiondlm.training.data.region_sets import deal
 from perceptiondlm.training.data.sources import AnswerFormat, Measured, Source, open_image
-from perceptiondlm.training.data.true_captions import true_caption, with_article
+from perceptiondlm.training.data.true_captions import drawn_name, true_caption, with_article
 
 
 SMALLEST_WINDOW = 0.5  # side of a random cut-out, as a share of the picture's
@@ -93,8 +93,7 @@ class NamedRegionSource(Source):
         region = CroppedRegion.of_mask(mask)
         dice = random.Random(f"caption/{seed}/{record}/{region.box if region else ()}")
         if mask.all():  # the picture as a whole has a name; which of its pixels belong to it is not known
-            name = dice.choice(names.broader) if names.broader and dice.random() < share else names.name
-            return with_article(name)
+            return with_article(drawn_name(names, share, dice))
         return true_caption(names, np.asarray(image), mask, share, dice)
 
     def _faults(self, record: int, image: Image.Image) -> dict[int, str]:

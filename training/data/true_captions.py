@@ -31,14 +31,19 @@ def true_caption(
     Args:
         names: the words for its category.
         pixels_HW3: uint8 (H, W, 3), the picture; mask_HW: bool (H, W).
-        general_share: share of captions, in [0, 1), with a general word, shared evenly among `names.broader`.
+        general_share: share of captions, in [0, 1), with a general word, the most general of `names.broader`.
         dice: decides.
     """
-    name = dice.choice(names.broader) if names.broader and dice.random() < general_share else names.name
+    name = drawn_name(names, general_share, dice)
     colours = " and ".join(named_colours(colour_shares(pixels_HW3, mask_HW)))
     share = float(mask_HW.mean())
     size = next(word for limit, word in SIZES if share <= limit)
     return f"{with_article(name)}, {colours}, {size}, {place(mask_HW)}"
+
+
+def drawn_name(names: CategoryNames, general_share: float, dice: random.Random) -> str:
+    """The name of a category or, for a share of the draws, the most general word that captions use for it."""
+    return names.broader[-1] if names.broader and dice.random() < general_share else names.name
 
 
 def with_article(name: str) -> str:
