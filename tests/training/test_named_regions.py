@@ -10,7 +10,8 @@ from PIL import Image
 
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.training.data.bad_records import BadRecord
-from perceptiondlm.training.data.data_config import SourceConfig
+from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.mixture import build_mixture
 from perceptiondlm.training.data.named_regions import NamedRegionSource, cut_out
 from perceptiondlm.training.data.true_captions import place, true_caption, with_article
 
@@ -101,6 +102,21 @@ def test_a_missing_picture_is_a_bad_record(annotated):
     (annotated.parent / "a.png").unlink()
     with pytest.raises(BadRecord, match=r"a\.png"):
         one.sample(0, 0, "0/set/0")
+
+
+@pytest.mark.parametrize("wrong", [{"segmentation": {"size": [9, 9], "counts": [81]}}, {"names": ["<img>"]}])
+def test_a_wrong_region_costs_that_region_alone(annotated, tiny_model, tiny_processor, tmp_path, wrong):
+    records = json.loads(annotated.read_text())
+    records[0]["regions"][1].update(wrong)
+    annotated.write_text(json.dumps([*records, {**records[0], "image": "missing.png"}]))
+    model = tiny_model(text_config={"max_position_embeddings": 4096})
+    data = DataConfig([SourceConfig("named_regions", path=str(annotated))], max_bad_share=0.6, max_length=4096)
+    dataset = build_mixture(data, LossConfig(num_slots=24), tiny_processor(model), model.config, tmp_path / "cache")
+    (report,) = dataset.report
+    assert (report["records"], report["bad"], report["bad_regions"]) == (2, 1, 1)
+    assert "region 1" in report["bad_region_records"][0]
+    said = " ".join(caption for index in range(len(dataset)) for caption in dataset[index]["captions"])
+    assert "grass" not in said
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
