@@ -26,7 +26,7 @@ RESERVED = (
     10**9
 )  # of a card, for the driver's context, kernels' buffers and what the allocator cannot use: an allowance
 REGIONS = (1, 6, 20, 60, 200)
-PROMPT = (7, 1841)  # tiles, and shared tokens with the default system turn and question in LLaDA's tokenizer
+PROMPT = (7, 1823)  # tiles, and shared tokens with the default turns in the embedded model's tokenizer
 
 
 @dataclass

@@ -113,9 +113,10 @@ def measure(folder: Path, config: PerceptionDLMConfig, regions: list[int], path:
     head = {"checkpoint": made, "regions": regions, "steps": STEPS, "environment": environment()}
     report = Report(path, head, total=5 + 2 * len(regions))
     checkpoint = folder / "checkpoint"
-    load = partial(PerceptionDLMForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.bfloat16)
+    trusted = {"trust_remote_code": True}  # the code is this package's own; without this the library asks
+    load = partial(PerceptionDLMForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.bfloat16, **trusted)
     model = report.phase("load", load, count=False).eval()
-    processor = PerceptionDLMProcessor.from_pretrained(checkpoint)
+    processor = PerceptionDLMProcessor.from_pretrained(checkpoint, **trusted)
     inputs = processor(images=picture(), boxes=boxes(regions[0]))
     shared = int((inputs["token_roles"] == 0).sum())
     tiles = len(inputs["pixel_values"])

@@ -57,7 +57,8 @@ def test_every_phase_is_reported(measured):
         ("prefill and one pass", 1, "first"), ("prefill and one pass", 1, "again"),
         ("passes", 1, 1), ("passes", 1, 3), ("passes", 4, 1), ("passes", 4, 3),
     ]  # fmt: skip
-    assert result["tiles"] == 7
+    assert result["tiles"] == PROMPT[0] == 7
+    assert result["shared_tokens"] - 7 * 2**2 == PROMPT[1] - 7 * 16**2
     assert all(phase["seconds"] > 0 for phase in result["phases"])
     found = real_size.summary(result)
     assert list(found["pass"]) == [1, 4]
@@ -172,8 +173,10 @@ def test_formula_is_what_generate_allocates(wide, dtype, regions, slots):
 def test_groups_take_what_the_formula_says_of_one_group(measured):
     """Forty regions, ten at a time, allocate little more than ten do."""
     folder, result = measured
-    model = PerceptionDLMForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
-    processor = PerceptionDLMProcessor.from_pretrained(folder / "checkpoint")
+    model = PerceptionDLMForConditionalGeneration.from_pretrained(
+        folder / "checkpoint", dtype=torch.bfloat16, trust_remote_code=True
+    )
+    processor = PerceptionDLMProcessor.from_pretrained(folder / "checkpoint", trust_remote_code=True)
     image = model.encode_image(**processor(images=picture(), boxes=boxes(1)))
 
     def peak(count: int, **limit: int) -> int:
