@@ -7,6 +7,7 @@ s tile side in pixels, P patches per tile side, K region prompts:
     attention_mask   (B, L) int64     1 for tokens, 0 for padding (on the right)
     token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of sequence_perceptiondlm
     region_ids       (B, L) int64     region of a RoI or separator token within its row, -1 elsewhere
+                                      (of a shared token the turn from which on it is seen, -1 always: training alone)
     num_regions      (B,) int64       regions of each row, 0 for plain text
     sample_ids       (B,) int64       which sample a row belongs to: an image may need several passes, hence rows
     pixel_values     (T, 3, s, s) uint8     tiles in row-major order, thumbnail last; the model normalises them. Floats
