@@ -108,7 +108,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {weight.device}".encode())
         if weight.device.type != "meta" and weight.numel():
-            places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_SAMPLES).long().to(weight.device)
+            places = torch.arange(FINGERPRINT_SAMPLES) * (weight.numel() - 1) // (FINGERPRINT_SAMPLES - 1)
+            places = places.to(weight.device)
             samples = weight.detach().reshape(-1)[places]
             digest.update(samples.float().cpu().numpy().tobytes())
     return digest.hexdigest()
