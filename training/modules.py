@@ -1,5 +1,6 @@
 """What trains: frozen and trained parts, a learning rate for each, low-rank adapters on the language model."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -52,7 +53,9 @@ def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfi
         target_modules=config.target_modules,
         modules_to_save=sorted(whole) or None,
     )
-    return peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():  # peft asks for a property by the name it has before transformers 6
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, settings)
 
 
 def plain_model(model: Any) -> PerceptionDLMForConditionalGeneration:
