@@ -1,6 +1,5 @@
 """What trains: frozen and trained parts, a learning rate for each, low-rank adapters on the language model."""
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.config import PARTS, LoraConfig, TrainConfig
+from perceptiondlm.training.recomputation import peft_asking
 
 
 ADAPTER_PREFIX = "base_model.model."  # of every parameter of a model with adapters
@@ -53,8 +53,7 @@ def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfi
         target_modules=config.target_modules,
         modules_to_save=sorted(whole) or None,
     )
-    with warnings.catch_warnings():  # peft asks for a property by the name it has before transformers 6
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with peft_asking():
         return peft.get_peft_model(model, settings)
 
 

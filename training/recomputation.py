@@ -4,7 +4,10 @@ Releases before 5.24 call this gradient checkpointing, later ones activation che
 name. A run's settings may use either, and hold the former.
 """
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -34,6 +37,14 @@ def declared(settings: dict[str, Any]) -> dict[str, Any]:
     known = {item.name for item in dataclasses.fields(TrainingArguments)}
     names = {former: newer for former, newer in NEWER_NAMES.items() if newer in known}
     return {names.get(name, name): value for name, value in settings.items()}
+
+
+@contextlib.contextmanager
+def peft_asking() -> Iterator[None]:
+    """Where peft wraps a model: it asks for a property by the former name, which is no fault of the caller's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
