@@ -118,7 +118,8 @@ def test_runs_that_share_prepared_data_count_the_bad_rows_of_their_streams_apart
         assert datasets[-1].report[0]["place"].endswith("row 5")
         assert len(list(run.output_dir.glob("counts/*/*.json"))) == 1  # the other run's start leaves these alone
     (tmp_path / "second" / "bad_records.jsonl").unlink()
-    assert datasets[0].report and not datasets[1].report
+    assert datasets[0].report
+    assert not datasets[1].report
     assert not list((tmp_path / "prepared").glob("bad_records.jsonl"))
 
 
