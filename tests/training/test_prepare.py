@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from miniature_runs import together
 from PIL import Image
+from survey_together import main as survey
 
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.scripts.cli import main
@@ -204,11 +206,7 @@ def test_streams_are_looked_through_too(tmp_path, capsys):
 
 def two_processes(config: Path, *folders: str) -> list:
     """What two processes that train together have read and found (see survey_together.py)."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, str(ROOT / "tests" / "training" / "survey_together.py"), str(config), *map(str, folders)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1000"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(survey, [str(config), *map(str, folders)], config.parent / "errors.txt")
     return [json.loads((config.parent / f"{rank}.json").read_text()) for rank in range(2)]
 
 
