@@ -17,6 +17,9 @@ s tile side in pixels, P patches per tile side, K region prompts:
     image_ids        (B,) int64             image of each row, where several rows show groups of one image's regions
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
+    region_crops     (R, 3, c, c) uint8     with `region_crop_size` c: crops around the regions, like `pixel_values`
+    crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where one is skipped
+    region_appearance (R, bins², 6) float32 with `region_appearance`: mean and spread of the colours under the mask
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
     prompt_ids       (R,) int64             under `vision`: prompt id of each region
     region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
@@ -40,6 +43,7 @@ from .configuration_perceptiondlm import (
     num_tiles,
 )
 from .coverage_perceptiondlm import Region
+from .focal_perceptiondlm import OwnPixels
 from .images_perceptiondlm import is_encoded, read_image
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
 from .regions_perceptiondlm import regions_of
@@ -83,6 +87,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
             default of 0.5 are applied here, and the tiles are then float32.
         region_conditioning, attention_layout (`str`), use_roi_replay (`bool`), num_region_prompts, roi_size,
             coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
+        region_crop_size (`int`), region_appearance (`bool`): as in the model's config.
+        crop_context (`float`, defaults to 1.3): side of a crop over the longer side of its region's box.
+        crop_max_share (`float`, defaults to 1.0): regions whose box covers more of the image go without a crop.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
         mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks
@@ -110,6 +117,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
         num_region_prompts=6,
         roi_size=4,
         coverage_subsamples=2,
+        region_crop_size=0,
+        region_appearance=False,
+        crop_context=1.3,
+        crop_max_share=1.0,
         max_regions_per_pass=None,
         mask_sampling="area",
         mask_threshold=128,
@@ -123,6 +134,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.region_conditioning, self.attention_layout = region_conditioning, attention_layout
         self.use_roi_replay, self.num_region_prompts = use_roi_replay, num_region_prompts
         self.roi_size, self.coverage_subsamples = roi_size, coverage_subsamples
+        self.region_crop_size, self.region_appearance = region_crop_size, region_appearance
+        self.crop_context, self.crop_max_share = crop_context, crop_max_share
         self.max_regions_per_pass = max_regions_per_pass
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
@@ -142,6 +155,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255], got {self.mask_threshold}")
+        if self.crop_context < 1 or not 0 <= self.crop_max_share <= 1:
+            raise ValueError(
+                f"crop_context must be at least 1 and crop_max_share in [0, 1], got {self.crop_context!r} and "
+                f"{self.crop_max_share!r}"
+            )
         if type(self.sort_regions) is not bool:
             raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
@@ -154,6 +172,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             "use_roi_replay",
             "num_region_prompts",
             "roi_size",
+            "region_crop_size",
+            "region_appearance",
         )
         fields = {name: getattr(config, name) for name in (*shared, "coverage_subsamples", "pixel_unshuffle")}
         fields |= {
@@ -166,9 +186,16 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "image_ids", "region_boxes", "region_coverage", "prompt_coverage",
-            "prompt_ids", "region_order",
+            "tile_grids", "image_sizes", "image_ids", "region_boxes", "region_coverage", "region_crops", "crop_boxes",
+            "region_appearance", "prompt_coverage", "prompt_ids", "region_order",
         ]  # fmt: skip
+
+    @property
+    def own_pixels(self) -> OwnPixels:
+        """What regions bring besides their image's tiles."""
+        return OwnPixels(
+            self.region_crop_size, self.region_appearance, self.crop_context, self.crop_max_share, self.roi_size
+        )
 
     @property
     def patches_per_side(self) -> int:
@@ -302,16 +329,19 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """
         if self.region_conditioning == "none":
             raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
-        tiles, grid, size, turned = self._picture(image, max_tiles, f"image{suffix}", exif)
+        tiles, grid, size, turned, picture = self._picture(image, max_tiles, f"image{suffix}", exif)
+        own_pixels = self.own_pixels
+        picture = own_pixels.checked(picture, size, f"image{suffix}")
         found = regions_of(
             size, **{form: regions}, name=f"{form}{suffix}", threshold=self.mask_threshold, resize_masks=resize_masks,
             size_hint=f"; the picture carries EXIF orientation {turned}, see exif" if turned != 1 else "",
         )  # fmt: skip
         nearest = self.region_conditioning == "vision" and self.mask_sampling == "nearest"
-        kept, boxes, areas, features, told = [], [], [], [], True
+        kept, boxes, areas, features, own, told = [], [], [], [], [], True
         for region in found:
             boxes.append(region.box)
             areas.append(region.area)
+            own.append(own_pixels.measure(picture, region) if own_pixels.wanted else {})
             told = told and region.tells_size
             if nearest:
                 kept.append(region)
@@ -332,6 +362,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 measured = [nearest_sampling(kept[i], k, cut, step) for i, k in zip(chosen, numbers, strict=True)]
             else:
                 measured = [features[index] for index in chosen]
+            row |= own_pixels.of_pass([own[index] for index in chosen], self._as_tiles)
             passes.append(row | self._coverage_of_pass(measured, numbers))
         return passes
 
@@ -375,8 +406,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
             names = [f"images[{index}][{place}]" for place in range(len(group))]
             pictures = [self._picture(*each, exif) for each in zip(group, [max_tiles] * len(group), names, strict=True)]
-            grids = [grid for _, grid, _, _ in pictures]
-            tiles = [tiles for tiles, _, _, _ in pictures if tiles is not None]
+            grids = [grid for _, grid, *_ in pictures]
+            tiles = [tiles for tiles, *_ in pictures if tiles is not None]
             ids = self._expand_images(self._tokenize(self._wrap(prompt, len(group))), grids, f"text[{index}]")
             rows.append(
                 {
@@ -387,19 +418,22 @@ class PerceptionDLMProcessor(ProcessorMixin):
                     "num_regions": 0,
                     "tiles": np.concatenate(tiles) if tiles else None,
                     "grids": grids,
-                    "sizes": [size for _, _, size, _ in pictures],
+                    "sizes": [size for _, _, size, *_ in pictures],
                 }
             )
         return rows
 
     def _picture(self, image, max_tiles: int | None, name: str, exif: str | None):
-        """Tiles, grid, (height, width) and undecided EXIF orientation; an `EncodedImage` has no tiles any more."""
+        """Tiles, grid, (height, width), undecided EXIF orientation and the picture itself, as it was tiled.
+
+        An `EncodedImage` has no tiles any more, and its picture only where the model needs it.
+        """
         if is_encoded(image):
             grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
-            return None, tuple(grid), tuple(size), 1
+            return None, tuple(grid), tuple(size), 1, image.picture
         image, turned = read_image(image, name, exif)
         tiles, grid = self.tile(image, max_tiles)
-        return tiles, grid, (image.height, image.width), turned
+        return tiles, grid, (image.height, image.width), turned, image
 
     def _groups(self, count: int, limit: int | None) -> list[slice]:
         """Split `count` regions into passes, in order."""
@@ -502,11 +536,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s) uint8, thumbnail last, and return the grid (columns, rows)."""
         grid = self._grid(image.size, max_tiles)
-        tiles = self._cut(image, grid)
+        return self._as_tiles(self._cut(image, grid)), grid
+
+    def _as_tiles(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures (N, s, s, 3) uint8 as the model takes tiles and crops, (N, 3, s, s): see `image_mean`."""
         if {*self.image_mean, *self.image_std} != {0.5}:
             mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-            tiles = (tiles.astype(np.float32) / 255.0 - mean) / std
-        return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)), grid
+            pictures = (pictures.astype(np.float32) / 255.0 - mean) / std
+        return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
 
     def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
         """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""
@@ -573,6 +610,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         for key, name in (
             ("boxes", "region_boxes"),
             ("coverage", "region_coverage"),
+            ("crops", "region_crops"),
+            ("crop_boxes",) * 2,
+            ("appearance", "region_appearance"),
             ("prompt_coverage",) * 2,
             ("prompt_ids",) * 2,
             ("order", "region_order"),

@@ -163,7 +163,7 @@ def test_answers_take_whole_multiples_of_slots(build, base, tmp_path):
     assert together["labels"].shape == (2, -(-(tokens + 1) // 8) * 8)
     assert (together["labels"][0, 8:] == -100).all()
     assert torch.equal(together["labels"][:1, :8], alone["labels"])
-    assert torch.equal(together["answer_masked"][:1, :8], alone["answer_noise"])
+    assert torch.equal(together["answer_masked"][:1, :8], alone["answer_masked"])
 
 
 def test_a_batch_has_the_losses_of_its_samples(build, base, tiny_model, tmp_path):
@@ -338,7 +338,7 @@ THREE = [
 
 def noised(batch, mask_id: int) -> torch.Tensor:
     """What the model denoises."""
-    hidden = (batch["answer_noise"] < batch["mask_probability"]) & (batch["labels"] != -100)
+    hidden = batch["answer_masked"] & (batch["labels"] != -100)
     return batch["labels"].masked_fill(hidden, mask_id)
 
 
@@ -379,7 +379,7 @@ def test_the_first_turn_of_many_is_the_single_turn_of_today(build, tiny_model, t
     model = tiny_model(region_conditioning="none")
     batch, first = collator([many[0]]), collator([single[0]])
     assert torch.equal(batch["labels"][0, : first["labels"].shape[1]], first["labels"][0])
-    first["mask_probability"], first["answer_noise"] = batch["mask_probability"][:1], batch["answer_noise"][:1, :8]
+    first["mask_probability"], first["answer_masked"] = batch["mask_probability"][:1], batch["answer_masked"][:1, :8]
     with torch.no_grad():
         found, expected = model(**batch).logits[0, :8], model(**first).logits[0]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
