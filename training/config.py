@@ -12,11 +12,8 @@ from typing import Any
 import yaml
 from transformers import LlamaConfig, TrainingArguments
 
-<<<<<<< HEAD
-from perceptiondlm.common.settings import build, check_names, checked, read_settings
-=======
 from perceptiondlm.checkpoints.vision_towers import TOWER_WEIGHTS
->>>>>>> main
+from perceptiondlm.common.settings import build, check_names, checked, read_settings
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
