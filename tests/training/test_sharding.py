@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from miniature_runs import losses, miniature, together, weights, write_miniature
+from miniature_runs import log_of, losses, miniature, together, weights, write_miniature
 from safetensors.torch import load_file
 from sharded_on_cpu import main_sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -77,10 +77,12 @@ def test_two_processes_that_share_weights_are_one_process(tmp_path):
 
 def test_mixed_precision_of_shared_weights_leaves_the_loss_in_fp32(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["trainer.max_steps=3", "trainer.bf16=true"]
+    settings = ["trainer.max_steps=3", "trainer.bf16=true", "evaluation.steps=3"]
     train(miniature(one, *settings, "trainer.gradient_accumulation_steps=4"))
     sharded(two, *settings)
     assert losses(two / "final") == pytest.approx(losses(one / "final"), abs=0.02)
+    for folder in (one, two):  # captions of fp32 weights under autocast, and of bf16 ones put together
+        assert any("scenes_average" in row for row in log_of(folder / "final"))
     rounded = torch.tensor(losses(two / "final")).bfloat16().tolist()
     assert rounded != losses(two / "final")
     policy = exact_policy(MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16))
