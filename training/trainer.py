@@ -98,9 +98,10 @@ class PerceptionDLMTrainer(Trainer):
             rates, rate = self.run.train.learning_rates, self.args.learning_rate
             groups = parameter_groups(model, decayed, self.args.weight_decay, rates, rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(groups, **settings)
-            given = ({**group, "initial_lr": group["lr"]} for group in self.optimizer.param_groups)
+            optimizer = kind(groups, **settings)
+            given = ({**group, "initial_lr": group["lr"]} for group in optimizer.param_groups)
             self.group_settings = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in given]
+            self.optimizer = optimizer
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):
