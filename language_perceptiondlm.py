@@ -40,13 +40,14 @@ class PassAttention(LlamaAttention):
         query, key, value = (
             projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return *apply_rotary_pos_emb(query, key, *rotation), value
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        return query.to(value.dtype), key.to(value.dtype), value  # under autocast, rotating has made them fp32
 
     def keys_and_values(self, hidden: torch.Tensor, rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """As `project`, without the queries."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         key, value = (projection(hidden).view(shape).transpose(1, 2) for projection in (self.k_proj, self.v_proj))
-        return apply_rotary_pos_emb(key, key, *rotation)[0], value
+        return apply_rotary_pos_emb(key, key, *rotation)[0].to(value.dtype), value
 
 
 class BidirectionalLlamaModel(LlamaModel):

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     benchmark = open_benchmark(options, out, state)
     region_ids = [region.region_id for region in benchmark.regions]
     show = judge is not None and show_image(options, benchmark, judge)
-    if isinstance(judge, ChatJudge) and state.is_main_process:
+    if isinstance(judge, ChatJudge) and state.is_main_process and not options.captions:
         judge.try_out(show)
     measured: dict[str, Any] = {}
     if options.captions:

@@ -1,4 +1,4 @@
-"""`perceptiondlm prepare`: look through a run's data before its GPUs are rented. See docs/training.md."""
+"""`perceptiondlm prepare`: look through a run's data before its GPUs are rented. See docs/data.md."""
 
 import argparse
 import re

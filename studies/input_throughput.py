@@ -89,7 +89,9 @@ def delivered(source: SourceConfig, folder: Path, workers: int) -> dict[str, Any
     processor = PerceptionDLMProcessor.from_config(config, tokenizer)
     data, loss = DataConfig([source], max_length=4096), LossConfig(max_slots=128, noise_copies=1)
     dataset: Any = build_dataset(data, loss, processor, config, folder / "cache")
-    order = StreamOrder(dataset, BATCH, 1, workers) if source.streaming else LengthGroupedBatches(dataset, BATCH, 0)
+    order = (
+        StreamOrder(dataset, BATCH, 1, max(1, workers)) if source.streaming else LengthGroupedBatches(dataset, BATCH, 0)
+    )
     collator = AnswerCollator.build(data, loss, processor, config)
     loader = DataLoader(dataset, BATCH, sampler=order, num_workers=workers, collate_fn=collator)
     samples = tiles = size = 0

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig, num_tiles
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.training.config import QUANTIZED, RunConfig
+from perceptiondlm.training.config import QUANTIZED, RunConfig, TrainConfig
 from perceptiondlm.training.data.data_config import REGION_KINDS
 from perceptiondlm.training.modules import count_parameters, prepare_parts
 from perceptiondlm.training.start import changed, model_settings
@@ -21,6 +21,7 @@ PAPER_TFLOPS = 130.0
 # Bytes of a weight that does not train, as `train.frozen_weights` has it; 4 bits in blocks of 64 with doubly quantized
 # scales (QLoRA, section 3) take 0.127 bits more.
 FROZEN_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.516}
+_counted: dict[str, dict[str, dict[str, int]]] = {}  # parameters of models that were planned with
 RESERVE = 0.9  # share of the memory that may be planned with: the rest is fragmentation and communication
 
 
@@ -84,12 +85,20 @@ class Footprint:
 def footprint(run: RunConfig, machine: Machine) -> Footprint:
     """What a run takes of a machine's GPU."""
     config = planned_config(run)
-    with torch.device("meta"):
-        model = prepare_parts(PerceptionDLMForConditionalGeneration(config), copy.deepcopy(run.train))
-    parameters, sequence = count_parameters(model), planned_sequence(run, config)
+    parameters, sequence = planned_parameters(config, run.train), planned_sequence(run, config)
     state = state_bytes(parameters, config, machine, frozen_weights(run))
     sample = sample_bytes(run, config, sequence, parameters)
     return Footprint(config, sequence, parameters, state, sample, flop_per_sample(run, config, sequence, parameters))
+
+
+def planned_parameters(config: PerceptionDLMConfig, train: TrainConfig) -> dict[str, dict[str, int]]:
+    """Parameters of every part, in all and trained. Plans compare many machines and few models: counts are kept."""
+    key = f"{config.to_json_string()} {train.parts} {train.lora}"
+    if key not in _counted:
+        with torch.device("meta"):
+            model = prepare_parts(PerceptionDLMForConditionalGeneration(config), copy.deepcopy(train))
+        _counted[key] = count_parameters(model)
+    return copy.deepcopy(_counted[key])
 
 
 def planned_config(run: RunConfig) -> PerceptionDLMConfig:

@@ -42,7 +42,7 @@ def prepare(
 
 def looked_at(run: RunConfig) -> list[DataConfig]:
     """What a run trains on, and what it is evaluated on."""
-    if not run.evaluation.steps:
+    if not (run.evaluation.steps or run.evaluation.at_start):
         return [run.data]
     held_out = DataConfig([run.evaluation.source], seed=run.data.seed, max_length=run.data.max_length)
     return [run.data, held_out]

@@ -30,7 +30,7 @@ from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.planner import make_plan, show_plan
 from perceptiondlm.training.recomputation import declared, peft_asking
-from perceptiondlm.training.run_folder import claim_folder, leave_marks
+from perceptiondlm.training.run_folder import claim_folder, leave_marks, stream_readers
 from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
@@ -40,10 +40,13 @@ from perceptiondlm.training.trainer import PerceptionDLMTrainer
 TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": False, "report_to": "none"}
 
 
-# What would break the order of samples, and why.
+# What would break the order of samples: the value that does, and why.
 UNSUPPORTED = {
-    "dataloader_persistent_workers": "keeps workers that never hear of the next epoch",
-    "dataloader_drop_last": "loses samples: the last batches are filled instead",
+    "dataloader_persistent_workers": (True, "keeps workers that never hear of the next epoch"),
+    "dataloader_drop_last": (True, "loses samples: the last batches are filled instead"),
+    "dataloader_in_order": (False, "lets chance decide the order of batches: no run could be repeated or go on"),
+    "ignore_data_skip": (True, "reads again, on resuming, what was read before: leave it out, skipping costs nothing"),
+    "auto_find_batch_size": (True, "changes the batch: perceptiondlm plan finds what fits"),
 }
 
 
@@ -51,9 +54,9 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
     """The HF Trainer's arguments, with as many passes per step as `batch_size` needs on this many processes."""
     settings = {**TRAINER_DEFAULTS, **run.trainer}
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    for name, reason in UNSUPPORTED.items():
-        if settings.get(name):
-            raise ValueError(f"trainer.{name} {reason}")
+    for name, (value, reason) in UNSUPPORTED.items():
+        if settings.get(name) is value:
+            raise ValueError(f"trainer.{name}={str(value).lower()} {reason}")
     if run.batch_size is not None:
         share = settings.get("per_device_train_batch_size", 8) * launched
         if run.batch_size % share:
@@ -87,6 +90,7 @@ def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
     """
     arguments = trainer_arguments(run)
     checkpoint = claim_folder(run, samples_per_step(arguments))
+    readers = stream_readers(run, arguments.world_size * max(1, arguments.dataloader_num_workers))
     set_seed(arguments.seed)
     register_auto_classes()
     model, processor = build_model(run)
@@ -99,13 +103,14 @@ def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
         processing_class=processor,
         run=run,
         checkpoint=checkpoint,
+        readers=readers,
     )
     if run.train.lora and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("train.lora needs whole weights on every process: use plain data parallelism")
     trainer.add_callback(HeldOutEvaluation(trainer, run))
     trainer.accelerator.wait_for_everyone()  # all have compared before one writes
     if trainer.is_world_process_zero():
-        leave_marks(run, samples_per_step(arguments), arguments.world_size, environment(arguments.device))
+        leave_marks(run, samples_per_step(arguments), arguments.world_size, readers, environment(arguments.device))
     return trainer
 
 

@@ -20,15 +20,7 @@ from perceptiondlm.training.recomputation import recomputation_kwargs
 from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
 
 
-# Settings that a checkpoint's optimizer remembers, and what they are called there.
-GROUP_SETTINGS = {
-    "trainer.learning_rate": ("initial_lr",),
-    "train.learning_rates": ("initial_lr",),
-    "trainer.weight_decay": ("weight_decay",),
-    "trainer.adam_beta1": ("betas",),
-    "trainer.adam_beta2": ("betas",),
-    "trainer.adam_epsilon": ("eps",),
-}
+GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the configuration, in an optimizer's groups
 
 
 class PerceptionDLMTrainer(Trainer):
@@ -37,11 +29,12 @@ class PerceptionDLMTrainer(Trainer):
     Args:
         run: the configuration of the run.
         checkpoint: where it goes on from, if it does.
+        readers: over all processes, that a stream is dealt to.
     """
 
-    def __init__(self, *args, run: RunConfig, checkpoint: Path | None = None, **kwargs):
+    def __init__(self, *args, run: RunConfig, checkpoint: Path | None = None, readers: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.checkpoint = run, checkpoint
+        self.run, self.checkpoint, self.readers = run, checkpoint, readers
         self.model_accepts_loss_kwargs = True  # the loss is divided by the items of all passes and processes
         self.meter = Meter(self.args.device)
         self.average = None
@@ -94,7 +87,7 @@ class PerceptionDLMTrainer(Trainer):
         """Batches of similar length, or a plain shuffle; the places of a stream in their order."""
         size, processes = self.args.train_batch_size, self.args.world_size
         if self.run.data.streaming:
-            return StreamOrder(self.train_dataset, size, processes, self.args.dataloader_num_workers)
+            return StreamOrder(self.train_dataset, size, processes, self.readers)
         pool = POOL if self.run.data.group_by_length else 1
         return LengthGroupedBatches(self.train_dataset, size, self.args.seed, processes, pool)
 
@@ -106,21 +99,22 @@ class PerceptionDLMTrainer(Trainer):
             rates, rate = self.run.train.learning_rates, self.args.learning_rate
             groups = parameter_groups(model, decayed, self.args.weight_decay, rates, rate)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(groups, **settings)
+            optimizer = kind(groups, **settings)
+            given = ({**group, "initial_lr": group["lr"]} for group in optimizer.param_groups)
+            self.group_settings = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in given]
+            self.optimizer = optimizer
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """A checkpoint brings its rates and decays along: those that `resume_with` changes are the new ones."""
-        before = [dict(group) for group in self.optimizer.param_groups]
+        """A checkpoint brings the rates and decays of its time along; those of this run's configuration hold."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        changed = {
-            key for name in self.run.resume_with for key in GROUP_SETTINGS.get(".".join(name.split(".")[:2]), ())
-        }
-        if checkpoint is None or not changed:
+        if checkpoint is None:
             return
-        for group, given in zip(self.optimizer.param_groups, before, strict=True):
-            group.update({key: given[key] for key in changed})
-        if "initial_lr" in changed:
+        rates = [group.get("initial_lr") for group in self.optimizer.param_groups]
+        for group, given in zip(self.optimizer.param_groups, self.group_settings, strict=True):
+            group.update(given)
+        another_rate = rates != [given["initial_lr"] for given in self.group_settings]
+        if another_rate or hasattr(self.lr_scheduler, "lr_lambdas"):
             set_rates(self.optimizer, self.lr_scheduler)
 
     # --- loss ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`perceptiondlm evaluate` with a judge behind HTTP: stopped and continued, its costs, and a hostile caption."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_refused_key_or_a_used_up_quota_costs_no_answer(
     continued, whole = (read_results(path / "results.json") for path in (tmp_path, clean))
     assert continued.score == whole.score
     assert continued.judging["new_answers"] == whole.judging["answers"] - kept
+
+
+def test_a_wrong_key_is_noticed_before_anything_is_captioned(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr("perceptiondlm.scripts.evaluate.caption", None)  # would fail if called
+    with JudgeServer(stop_after=0, stop_reply=(401, {"error": {"message": "no"}})) as server:
+        judge = ["--judge", "openai:fake", "--base-url", server.base_url, "--judge-cache", str(tmp_path / "a.jsonl")]
+        assert main(["evaluate", "--dataset", str(folder), "--out", str(tmp_path), *judge]) == 2
+    assert "refuses the key in OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_given_captions_and_cached_answers_need_no_endpoint(folder, clean, tmp_path):
+    shutil.copy(clean / "answers.jsonl", tmp_path / "answers.jsonl")
+    with JudgeServer() as server:
+        assert _evaluate(server, folder, tmp_path) == 0
+    assert not server.bodies
+    assert read_results(tmp_path / "results.json").score == read_results(clean / "results.json").score
 
 
 def test_the_report_tells_what_judging_took(clean):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -54,6 +57,37 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def together(program: Callable[[list[str]], int], arguments: list[str], errors: Path) -> None:
+    """Run a program in two processes of one group, as `accelerate launch` does, without importing everything in each.
+
+    A server imports once and forks the processes; what they say on stderr goes to a file.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["perceptiondlm.training.train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        context.Process(target=_in_group, args=(rank, port, program, arguments, errors), daemon=True)
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    codes = [process.exitcode for process in started]
+    assert codes == [0, 0], errors.read_text()[-3000:]
+
+
+def _in_group(rank: int, port: int, program: Callable[[list[str]], int], arguments: list[str], errors: Path) -> None:
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    with open(errors, "a") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(program(arguments))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

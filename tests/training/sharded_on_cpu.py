@@ -34,6 +34,10 @@ def create_sharded(self: Trainer) -> None:
     self.is_fsdp_enabled = True
 
 
-if __name__ == "__main__":
+def main_sharded(arguments: list[str] | None = None) -> int:
     Trainer.create_accelerator_and_postprocess = create_sharded
-    sys.exit(main())
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main_sharded())

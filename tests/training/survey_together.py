@@ -1,13 +1,11 @@
-"""Run under `accelerate launch`: two processes look through a set before they train.
-
-    accelerate launch --multi_gpu --num_processes 2 tests/training/survey_together.py CONFIG FOLDER_OF_0 FOLDER_OF_1
+"""Run in two processes of a group, with CONFIG FOLDER_OF_0 FOLDER_OF_1: they look through a set before they train.
 
 Prepared data is kept in each process's folder, which may be the same. Writes `RANK.json` beside the config: records
 that this process has read, and the lengths of all samples, or what was wrong.
 """
 
 import json
-import sys
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,7 +16,9 @@ from perceptiondlm.training.data.region_sets import RegionSource
 from perceptiondlm.training.start import build_processor
 
 
-def main(config: Path, *folders: str) -> None:
+def main(arguments: list[str]) -> int:
+    config, folders = Path(arguments[0]), arguments[1:]
+    os.environ["LOCAL_WORLD_SIZE"] = "1000"  # one core each: records are read in this process
     rank = Accelerator(cpu=True).process_index
     read = []
     measure = RegionSource.measure
@@ -38,7 +38,4 @@ def main(config: Path, *folders: str) -> None:
     except ValueError as error:
         found = str(error)
     Path(config.parent, f"{rank}.json").write_text(json.dumps([read, found]))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    return 0

@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from miniature_runs import together
 from PIL import Image
+from survey_together import main as survey
 
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.scripts.cli import main
@@ -94,6 +96,33 @@ def test_what_was_prepared_is_not_read_again(tmp_path, capsys, monkeypatch):
     dataset = dataset_of(config)
     assert len(dataset) == 59 == len(dataset.lengths)
     assert isinstance(dataset.lengths, np.memmap)  # shared by all processes that map it
+
+
+def test_what_a_run_looks_at_before_its_first_step_is_prepared_too(tmp_path, capsys):
+    path, held_out = write_regions(tmp_path / "set", 20), write_regions(tmp_path / "held_out", 17)
+    config = write_config(tmp_path / "run", f"{{kind: regions, path: {path}}}")
+    look = f"evaluation={{steps: 0, at_start: true, source: {{kind: regions, path: {held_out}, samples: 17}}}}"
+    assert main(["prepare", str(config), look]) == 0
+    assert f"{held_out}: 17 records" in capsys.readouterr().out
+
+
+def test_runs_that_share_prepared_data_count_the_bad_rows_of_their_streams_apart(tmp_path):
+    turns = json.dumps([{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}])
+    pq.write_table(pa.table({"conversations": [turns] * 5 + ["nothing"]}), tmp_path / "set.parquet")
+    source = f"{{kind: conversations, path: {tmp_path}/set.parquet, streaming: true}}"
+    config = write_config(tmp_path, source)
+    datasets = []
+    for name in ("first", "second"):
+        run = load_run_config(config, [f"trainer.output_dir={tmp_path}/{name}", "data.max_bad_share=0.5"])
+        model, processor = build_processor(run)
+        datasets.append(build_dataset(run.data, run.loss, processor, model, run.output_dir))
+        assert sum(not datasets[-1][i]["filler"] for i in range(6)) == 5
+        assert datasets[-1].report[0]["place"].endswith("row 5")
+        assert len(list(run.output_dir.glob("counts/*/*.json"))) == 1  # the other run's start leaves these alone
+    (tmp_path / "second" / "bad_records.jsonl").unlink()
+    assert datasets[0].report
+    assert not datasets[1].report
+    assert not list((tmp_path / "prepared").glob("bad_records.jsonl"))
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -177,11 +206,7 @@ def test_streams_are_looked_through_too(tmp_path, capsys):
 
 def two_processes(config: Path, *folders: str) -> list:
     """What two processes that train together have read and found (see survey_together.py)."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, str(ROOT / "tests" / "training" / "survey_together.py"), str(config), *map(str, folders)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1000"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(survey, [str(config), *map(str, folders)], config.parent / "errors.txt")
     return [json.loads((config.parent / f"{rank}.json").read_text()) for rank in range(2)]
 
 

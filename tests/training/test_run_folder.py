@@ -1,6 +1,7 @@
 """A run folder belongs to one run: starts beside checkpoints, other settings on resuming, and changes on purpose."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def rates_of(folder):
+    return [row["learning_rate"] for row in log_of(folder / "final") if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,8 @@ def test_what_does_not_reach_the_weights_may_differ(finished_run):
     run = miniature(
         finished_run, "trainer.max_steps=6", "resume=true", "trainer.logging_steps=3", "evaluation.steps=2",
         "export_dtype=float32", "trainer.save_steps=2", "trainer.max_grad_norm=1.0", "batch_size=4", "plan.samples=4",
-        "trainer.dataloader_num_workers=1", f"export_dir={finished_run}/elsewhere",
+        "trainer.dataloader_num_workers=1", f"data.prepared={finished_run}/prepared", "data.max_bad_share=0.1",
+        f"export_dir={finished_run}/elsewhere",
     )  # fmt: skip
     assert make_trainer(run).checkpoint.name == "checkpoint-6"
 
@@ -88,17 +94,46 @@ def test_a_rate_changed_on_purpose_is_the_rate_that_is_used(tmp_path):
     more = ["trainer.max_steps=6", constant, "resume=true", "trainer.learning_rate=5e-4"]
     with pytest.raises(ValueError, match=r"trainer\.learning_rate was 0\.003, is 0\.0005; trainer\.max_steps"):
         make_trainer(miniature(tmp_path, *more))
-    with pytest.raises(ValueError, match=r"resume_with names \['trainer\.warmup_steps'\], which do not differ"):
-        make_trainer(miniature(tmp_path, *more, "resume_with=[trainer.warmup_steps, trainer.max_steps]"))
+    with pytest.raises(ValueError, match=r"resume_with names \['trainer\.warmup_step'\], which are no settings"):
+        make_trainer(miniature(tmp_path, *more, "resume_with=[trainer.warmup_step, trainer.max_steps]"))
     path, names = write_miniature(tmp_path), "resume_with=[trainer.learning_rate, trainer.max_steps]"
     assert main([str(path), "trainer.max_steps=6", constant, "--resume", names, "trainer.learning_rate=5e-4"]) == 0
-    rates = [row["learning_rate"] for row in log_of(tmp_path / "final") if "loss" in row]
-    assert rates == [0.003] * 3 + [0.0005] * 3
+    assert rates_of(tmp_path) == [0.003] * 3 + [0.0005] * 3
     first, second = weights(tmp_path / "checkpoint-3"), weights(tmp_path / "checkpoint-6")
     moved = max(float((first[name] - second[name]).abs().max()) for name in first)
     assert 2e-4 < moved < 3 * 5e-4 * 1.7  # three steps of AdamW, not of six times their size
     assert len(losses(tmp_path / "final")) == 6
     assert json.loads((tmp_path / "started.json").read_text())["samples_per_step"] == 4
+
+
+def test_a_change_on_purpose_survives_a_kill_before_the_next_checkpoint(tmp_path):
+    """The same command again, or `--resume` alone: the checkpoint still holds the rate of before."""
+    constant, steps = "trainer.lr_scheduler_type=constant", "trainer.max_steps=5"
+    train(miniature(tmp_path, steps, constant))
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    changed = ["resume=true", "trainer.learning_rate=5e-4", constant, steps]
+    make_trainer(miniature(tmp_path, *changed, "resume_with=[trainer.learning_rate]"))  # and no step further
+    assert make_trainer(miniature(tmp_path, *changed, "resume_with=[trainer]")).checkpoint.name == "checkpoint-3"
+    train(miniature(tmp_path, *changed))
+    assert rates_of(tmp_path) == [0.003] * 3 + [0.0005] * 2
+
+
+def test_a_section_covers_its_settings(tmp_path):
+    plain, rates = miniature(tmp_path), miniature(tmp_path, "train.learning_rates={vision_tower: 1e-4}")
+    assert dict(changed_settings(plain, rates)) == {"train.learning_rates.vision_tower": (None, 1e-4)}
+    train(miniature(tmp_path, "trainer.max_steps=1", "trainer.save_steps=1"))
+    other = ["trainer.max_steps=1", "trainer.save_steps=1", "resume=true", "data.sources.0={kind: scenes, samples: 12}"]
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.0\.conversation_share was 0\.3, is 0\.0; data\.sources\.0\.sam"
+    ):
+        make_trainer(miniature(tmp_path, *other))
+    assert make_trainer(miniature(tmp_path, *other, "resume_with=[data.sources]")).checkpoint
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path):
+    train(miniature(tmp_path, "trainer.max_steps=3", "trainer.save_only_model=true"))
+    with pytest.raises(ValueError, match="checkpoint-3 holds weights alone"):
+        make_trainer(miniature(tmp_path, "trainer.max_steps=3", "resume=true"))
 
 
 def test_resume_with_is_for_resuming(tmp_path):

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from miniature_runs import launch, losses, miniature, weights, write_miniature
+from miniature_runs import log_of, losses, miniature, together, weights, write_miniature
 from safetensors.torch import load_file
+from sharded_on_cpu import main_sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModel
 
@@ -19,7 +20,6 @@ from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exa
 from perceptiondlm.training.train import make_trainer, train
 
 
-TWO = ("--config_file", "training/accelerate/two_cpu_processes.yaml")
 # One sample a pass: in most steps one process has regions, or an image, and the other does not.
 SETTINGS = [
     "trainer.per_device_train_batch_size=1", "trainer.max_steps=6", "trainer.save_steps=3", "evaluation.steps=3",
@@ -45,12 +45,10 @@ def text_alone(folder: Path) -> str:
     return f"data.sources=[{scenes}, {{kind: conversations, path: {folder}}}]"
 
 
-def sharded(folder: Path, *settings: str) -> str:
-    """Run the miniature under FSDP2 in two processes; returns stderr."""
-    config = str(write_miniature(folder))
-    finished = launch(*TWO, "tests/training/sharded_on_cpu.py", config, *settings, "trainer.ddp_backend=gloo")
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stderr
+def sharded(folder: Path, *settings: str) -> None:
+    """Run the miniature under FSDP2 in two processes."""
+    arguments = [str(write_miniature(folder)), *settings, "trainer.ddp_backend=gloo"]
+    together(main_sharded, arguments, folder / "errors.txt")
 
 
 def test_two_processes_that_share_weights_are_one_process(tmp_path):
@@ -79,10 +77,12 @@ def test_two_processes_that_share_weights_are_one_process(tmp_path):
 
 def test_mixed_precision_of_shared_weights_leaves_the_loss_in_fp32(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["trainer.max_steps=3", "trainer.bf16=true"]
+    settings = ["trainer.max_steps=3", "trainer.bf16=true", "evaluation.steps=3"]
     train(miniature(one, *settings, "trainer.gradient_accumulation_steps=4"))
     sharded(two, *settings)
     assert losses(two / "final") == pytest.approx(losses(one / "final"), abs=0.02)
+    for folder in (one, two):  # captions of fp32 weights under autocast, and of bf16 ones put together
+        assert any("scenes_average" in row for row in log_of(folder / "final"))
     rounded = torch.tensor(losses(two / "final")).bfloat16().tolist()
     assert rounded != losses(two / "final")
     policy = exact_policy(MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16))

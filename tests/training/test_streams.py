@@ -59,11 +59,11 @@ def build(base, tmp_path):
     return make
 
 
-def read(dataset, batch_size=4, processes=1, workers=0, epoch=0, skip=0) -> list[list[list[str]]]:
+def read(dataset, batch_size=4, processes=1, workers=0, epoch=0, skip=0, readers=None) -> list[list[list[str]]]:
     """Batches of answers that each process gets in an epoch, fillers as None, as the Trainer's loader deals them."""
     found = []
     for rank in range(processes):
-        order = StreamOrder(dataset, batch_size, processes, workers)
+        order = StreamOrder(dataset, batch_size, processes, readers or processes * max(1, workers))
         sampler = BatchSamplerShard(BatchSampler(order, batch_size, drop_last=False), processes, rank)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
         if skip:
@@ -111,6 +111,18 @@ def test_large_sets_are_dealt_by_lanes_and_no_row_is_lost(build, tmp_path, monke
     readers = processes * max(1, workers)
     assert dataset.lanes == 64
     assert (64 % readers == 0) == (readers in (1, 4, 64))  # those have lanes of their own, others read some twice
+
+
+def test_a_run_keeps_the_order_of_the_readers_it_started_with(build, tmp_path, monkeypatch):
+    """Gone on with by any number of processes and workers."""
+    monkeypatch.setattr("perceptiondlm.training.data.streaming.POOL", 4)
+    monkeypatch.setattr("perceptiondlm.training.data.streaming.LANES", 2)
+    write_set(tmp_path / "set", [90, 150], 20)
+    dataset = build(tmp_path / "set")
+    (three,) = read(dataset, 4, readers=3)
+    assert dataset.lanes == 6
+    assert read(dataset, 4, workers=2, readers=3, skip=7) == [three[7:]]
+    assert read(dataset, 4, workers=2) != [three]
 
 
 def test_batches_do_not_depend_on_processes_or_workers(build, tmp_path):

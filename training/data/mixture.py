@@ -153,20 +153,23 @@ def build_dataset(
     """The training data of a run: `build_mixture`, or, when its sources stream, a stream.
 
     Args:
-        cache_dir: where indices, surveys and logs of bad records are kept.
+        cache_dir: of the run. Indices and surveys are kept there unless `data.prepared` names a folder that runs share,
+            the counts of a stream's bad records in any case.
+
     Raises:
         FileNotFoundError, ValueError: for sets that are missing, have other columns or too many bad records.
     """
-    cache_dir = Path(data.prepared or cache_dir)
+    own_dir = Path(cache_dir)
     if not data.streaming:
-        return build_mixture(data, loss, processor, config, cache_dir)
+        return build_mixture(data, loss, processor, config, own_dir)
     check_turns(data, config)
-    peers = Peers.find(cache_dir)
+    peers = Peers.find(own_dir)
     run_id = of_everyone(uuid4().hex)[0]
     with peers.leader_first():
         if peers.rank == 0:
-            shutil.rmtree(cache_dir / COUNTS, ignore_errors=True)
-        return StreamingDataset(data, AnswerFormat.build(data, loss, processor, config), cache_dir, run_id)
+            shutil.rmtree(own_dir / COUNTS, ignore_errors=True)
+        answers = AnswerFormat.build(data, loss, processor, config)
+        return StreamingDataset(data, answers, Path(data.prepared or own_dir), own_dir, run_id)
 
 
 def build_mixture(

@@ -47,14 +47,16 @@ class Waiting:
 class StreamingDataset(Dataset):
     """Samples (see sources.py) by their place in an epoch; to be read in the order of `StreamOrder`, which sets it up.
 
-    Bad records are logged and appended to `bad_records.jsonl` in the cache directory.
+    Bad records are logged and appended to `bad_records.jsonl`.
 
     Args:
+        cache_dir: where the places of row groups are kept.
+        log_dir: of this run alone, for its bad records.
         run_id: of this start of the run, the same in all its processes; bad records are counted under it.
     """
 
-    def __init__(self, data: DataConfig, answers: AnswerFormat, cache_dir: Path, run_id: str):
-        self.data, self.answers, self.cache_dir, self.run_id = data, answers, cache_dir, run_id
+    def __init__(self, data: DataConfig, answers: AnswerFormat, cache_dir: Path, log_dir: Path, run_id: str):
+        self.data, self.answers, self.log_dir, self.run_id = data, answers, log_dir, run_id
         self.groups = [stream_groups(source, cache_dir) for source in data.sources]
         counts = zip(data.sources, self.groups, strict=True)
         self.counts = [source.samples or len(groups) for source, groups in counts]
@@ -71,7 +73,7 @@ class StreamingDataset(Dataset):
     @property
     def report(self) -> list[dict[str, Any]]:
         """Bad records so far, over all processes and restarts, for the run's summary."""
-        return logged(self.cache_dir / "bad_records.jsonl")
+        return logged(self.log_dir / "bad_records.jsonl")
 
     # --- places ---------------------------------------------------------------------------------------------------
 
@@ -79,7 +81,7 @@ class StreamingDataset(Dataset):
         """Set the samples of a batch and choose the number of lanes.
 
         Each reader (a worker of a process) gets lanes of its own where their number allows it; where it does not, a
-        lane is read by several.
+        lane is read by several. The order is that of so many readers, whoever reads: a run keeps their number.
         """
         most = max(1, len(self) // (4 * POOL))
         lanes = 1 << min(LANES, most).bit_length() - 1
@@ -177,7 +179,7 @@ class StreamingDataset(Dataset):
         if self._tally is None:
             worker = get_worker_info()
             reader = f"{os.environ.get('RANK', '0')}-{worker.id if worker else 'main'}"
-            self._tally = Tally(self.cache_dir, self.run_id, reader)
+            self._tally = Tally(self.log_dir, self.run_id, reader)
         name, total = self.data.sources[number].name, len(self.groups[number])
         self._tally.add(name, read, bad, total, self.data.max_bad_share, judge)
 
@@ -236,12 +238,12 @@ class StreamOrder(Sampler[int]):
         dataset: the stream.
         batch_size: samples of a batch on one process.
         world_size: number of processes.
-        workers: of a process that read (0: the process itself).
+        readers: over all processes, their workers or themselves; see `StreamingDataset.deal`.
     """
 
-    def __init__(self, dataset: StreamingDataset, batch_size: int, world_size: int = 1, workers: int = 0):
+    def __init__(self, dataset: StreamingDataset, batch_size: int, world_size: int = 1, readers: int = 1):
         self.dataset, self.world_size = dataset, world_size
-        dataset.deal(batch_size, world_size * max(1, workers))
+        dataset.deal(batch_size, readers)
 
     def __len__(self) -> int:
         return -(-self.dataset.batches // self.world_size) * self.world_size * self.dataset.batch_size

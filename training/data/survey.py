@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from perceptiondlm.training.data.sources import AnswerFormat, Measured, Source
 logger = logging.getLogger(__name__)
 
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 16, 512, 1024  # records of a chunk, and how many chunks a survey has if it can
+LOG_SECONDS = 30  # between signs of progress where nobody watches
 
 _work: "Work"  # of a worker process
 
@@ -159,7 +161,9 @@ def look(work: Work, share: tuple[int, int], workers: int) -> None:
     read = bad = 0
     size, total = work.chunk_size, min(len(own) * work.chunk_size, len(work.records))
     done = total - min(len(todo) * size, total)
-    with tqdm(total=total, initial=done, desc=f"reading {Path(work.name).name}", unit="record", disable=None) as bar:
+    often = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    name = f"reading {Path(work.name).name}"
+    with tqdm(total=total, initial=done, desc=name, unit="record", mininterval=often) as bar:
         for chunk_read, chunk_bad, last in _looked_at(work, todo, workers):
             read, bad = read + chunk_read, bad + chunk_bad
             bar.update(chunk_read)
