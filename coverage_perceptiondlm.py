@@ -196,3 +196,25 @@ def _checked_edges(edges: np.ndarray, limit: int, name: str) -> np.ndarray:
     if not (inside and (np.diff(edges) > 0).all()):
         raise ValueError(f"{name} is {edges.tolist()}; accepted: 2 or more increasing values in [0, {limit}]")
     return edges
+
+
+def patch_coverage(region: Region, grid: tuple[int, int], patches: int) -> np.ndarray:
+    """Share that a region covers of every patch of an image's tiles, thumbnail last.
+
+    Args:
+        grid: columns and rows of the image's tiles.
+        patches: P, patches along one side of a tile.
+
+    Returns:
+        float32 (tiles, P, P) in [0, 1].
+    """
+    height, width = region.image_size
+
+    def share(columns: int, rows: int) -> np.ndarray:
+        x_edges, y_edges = (
+            np.linspace(0, length, n * patches + 1) for length, n in ((width, columns), (height, rows))
+        )
+        cover = region.pool(x_edges, y_edges).reshape(rows, patches, columns, patches)
+        return cover.transpose(0, 2, 1, 3).reshape(rows * columns, patches, patches)
+
+    return share(1, 1) if grid == (1, 1) else np.concatenate((share(*grid), share(1, 1)))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
-from perceptiondlm.processing_perceptiondlm import (
+from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
     END_OF_TEXT,

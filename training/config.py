@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import inspect
 import re
 import types
 import typing
@@ -16,7 +15,7 @@ import yaml
 from transformers import LlamaConfig, SiglipVisionConfig, TrainingArguments
 
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, OWN_SETTINGS
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 
 
@@ -140,7 +139,7 @@ class RunConfig:
             region parts when `model.region_conditioning` asks for regions. Without, the model starts from nothing.
         preset: named shape (`PRESETS`) of a model from nothing, and what a plan assumes while `init_from` is not there.
         model: keyword arguments of `PerceptionDLMConfig`; with `init_from`, only what differs from the checkpoint.
-        processor: keyword arguments of `PerceptionDLMProcessor`.
+        processor: settings of `PerceptionDLMProcessor.from_config`.
         batch_size: samples of an optimizer step over all processes; sets `trainer.gradient_accumulation_steps`.
         export_dtype: storage of the finished weights, a torch dtype name.
         resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one.
@@ -165,7 +164,7 @@ class RunConfig:
     def __post_init__(self):
         self.trainer = check_trainer(self.trainer)
         check_model(self.model)
-        check_names(self.processor, inspect.signature(PerceptionDLMProcessor).parameters, "processor.")
+        check_names(self.processor, (*OWN_SETTINGS, *IMAGE_SETTINGS, "chat_template"), "processor.")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.init_from is None and self.preset is None and "text_config" not in self.model:

@@ -14,12 +14,9 @@ from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, sp
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
 from perceptiondlm.training.config import PARTS, RunConfig
 
-
-# What a processor keeps when its base model becomes a region model.
-IMAGE_SETTINGS = ("max_tiles", "image_mean", "image_std")
 
 Start = tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]
 
@@ -83,7 +80,7 @@ def model_from_checkpoint(run: RunConfig, source: str) -> Start:
     config = PerceptionDLMConfig.from_pretrained(folder)
     conditioning = run.model.get("region_conditioning", config.region_conditioning)
     processor = PerceptionDLMProcessor.from_pretrained(folder, trust_remote_code=True)  # its tokenizer asks for this
-    image_settings = {name: getattr(processor, name) for name in IMAGE_SETTINGS}
+    image_settings = {name: getattr(processor.image_processor, name) for name in IMAGE_SETTINGS}
     generation = PerceptionDLMGenerationConfig.from_pretrained(folder)
     tokenizer = processor.tokenizer
     if config.region_conditioning == "none" != conditioning:

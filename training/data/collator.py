@@ -63,8 +63,8 @@ class AnswerCollator:
         if "captions" not in sample:
             return self.processor.text_rows([sample["images"]], [sample["prompt"]], max_tiles=max_tiles)
         ids = None
-        if self.processor.region_conditioning == "vision":
-            ids = draw_prompt_ids(len(sample["masks"]), self.processor.num_region_prompts, sample["noise_seed"])
+        if self.processor.config.region_conditioning == "vision":
+            ids = draw_prompt_ids(len(sample["masks"]), self.processor.config.num_region_prompts, sample["noise_seed"])
         return self.processor.region_rows(
             sample["image"], None, "masks", sample["masks"], max_tiles=max_tiles, prompt_ids=ids
         )

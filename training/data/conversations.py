@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from perceptiondlm.processing_perceptiondlm import END_OF_TURN, IMAGE_TOKEN
+from perceptiondlm.prompting_perceptiondlm import END_OF_TURN, IMAGE_TOKEN
 from perceptiondlm.training.data.data_config import SourceConfig
 from perceptiondlm.training.data.sources import (
     AnswerFormat,

@@ -72,7 +72,7 @@ class RegionSource(Source):
         processor = self.answers.processor
         text = processor.region_text_length()
         lengths = []
-        for size in map(len, deal(len(masks), processor.num_region_prompts, "")):
+        for size in map(len, deal(len(masks), processor.config.num_region_prompts, "")):
             answers = self.answers.copies * (sum(longest[:size]) + size)  # a marker each
             lengths.append(processor.prompt_length(image.size, size) + text + answers)
         if max(lengths) > self.answers.max_length:
@@ -81,7 +81,7 @@ class RegionSource(Source):
 
     def sample(self, record: int, unit: int, seed: str) -> dict[str, Any]:
         image, masks, captions = self._read(record)
-        group = deal(len(masks), self.answers.processor.num_region_prompts, seed)[unit]
+        group = deal(len(masks), self.answers.processor.config.num_region_prompts, seed)[unit]
         return {"image": image, "masks": [masks[i] for i in group], "captions": [captions[i] for i in group]}
 
     def _locate(self, record: int) -> tuple[int, int]:
