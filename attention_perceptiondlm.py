@@ -10,6 +10,7 @@ A pass gives every layer an object with one method, `attend(layer, query, key, v
 Legend: see sequence_perceptiondlm.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class StaticPass:
 
     def __init__(
         self,
-        prefixes: list[tuple[KeyValues | None, int]],
+        prefixes: Sequence[tuple[KeyValues | None, int]],
         own: KeyValues | None = None,
         own_index: torch.Tensor | None = None,
         keep: KeyValues | None = None,
@@ -77,8 +78,10 @@ class StaticPass:
         output, lse = attend_with_lse(query, key, value, *options)
         counts, parts = [count for _, count in self.prefixes], []
         runs = zip(self.prefixes, query.split(counts), output.split(counts), lse.split(counts), strict=True)
-        for (prefix, _), *run in runs:
-            parts.append(run[1] if prefix is None else behind_prefix(*run, prefix.layers[layer.layer_idx], options))
+        for (prefix, _), own_query, own, own_lse in runs:
+            if prefix is not None:
+                own = behind_prefix(own_query, own, own_lse, prefix.layers[layer.layer_idx], options)
+            parts.append(own)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2), None
 
 

@@ -21,6 +21,7 @@ SETTLED: dict[str, tuple] = {
     "return_token_type_ids": (None, False),
     "return_mm_token_type_ids": (None, False),
     "return_text_replacement_offsets": (None, False, True),
+    "return_tensors": ("pt",),
 }
 WHY = {
     "padding_side": "an answer follows its row's last token, wherever padding stands",
@@ -77,8 +78,8 @@ def grouped(keywords: dict[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in keywords.items() if name not in GROUPS}
     for group in GROUPS:
         for name, value in (keywords.get(group) or {}).items():
-            if name in flat and flat[name] != value:
-                raise ValueError(f"{name} is {flat[name]!r} as a keyword and {value!r} in {group}")
+            if name in flat:
+                raise ValueError(f"{name} was passed twice: {flat[name]!r} and, in {group}, {value!r}")
             flat[name] = value
     return flat
 
@@ -88,7 +89,7 @@ def split_options(keywords: dict[str, Any]) -> tuple[TextOptions, dict[str, Any]
     for name, accepted in SETTLED.items():
         if name in keywords and not any(keywords[name] is value or keywords[name] == value for value in accepted):
             reason = f" ({WHY[name]})" if name in WHY else ""
-            raise ValueError(f"{name}={keywords[name]!r} is not supported{reason}; accepted: {accepted}")
+            raise ValueError(f"{name} must be {' or '.join(map(repr, accepted))}{reason}, got {keywords[name]!r}")
     absent = {name for name in ("videos", "audio") if keywords.get(name) is None}  # named by apply_chat_template
     left = {name: value for name, value in keywords.items() if name not in {*SETTLED, *absent}}
     known = TextOptions.__dataclass_fields__

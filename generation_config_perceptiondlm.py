@@ -62,7 +62,7 @@ def _count(default: int | None) -> Setting:
     def valid(value: Any) -> bool:
         return (value is None and default is None) or (type(value) is int and value >= 1)
 
-    return Setting(default, valid, "an integer of at least 1" + (" or None" if default is None else ""))
+    return Setting(default, valid, "an integer of at least 1")
 
 
 def _flag(default: bool) -> Setting:

@@ -28,7 +28,7 @@ class PromptInputs:
         shown_images: the images of each row, found by `checked`.
     """
 
-    input_ids: torch.Tensor | None = None
+    input_ids: Any = None
     inputs_embeds: torch.Tensor | None = None
     attention_mask: Any = None
     token_roles: Any = None
@@ -38,7 +38,7 @@ class PromptInputs:
     tile_grids: Any = None
     image_sizes: Any = None
     image_ids: torch.Tensor | None = None
-    region_boxes: torch.Tensor | None = None
+    region_boxes: Any = None
     region_coverage: torch.Tensor | None = None
     prompt_coverage: torch.Tensor | None = None
     prompt_ids: torch.Tensor | None = None
@@ -145,7 +145,7 @@ class PromptInputs:
             if len(self.image_ids) != rows:
                 raise ValueError(f"image_ids name the image of {len(self.image_ids)} rows, there are {rows}")
             return [[image] for image in self.image_ids.tolist()]
-        places = (self.input_ids == config.image_token_id).sum(dim=1).tolist()
+        places = torch.eq(self.input_ids, config.image_token_id).sum(dim=1).tolist()
         if self.encoded_image is not None:
             return [[0] if count else [] for count in places]
         if self.tile_grids is None:

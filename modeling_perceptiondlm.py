@@ -107,8 +107,15 @@ def noise_answers(
     Returns:
         noised ids (A, G), and the bool mask (A, G) of supervised tokens that were replaced.
     """
+    return mask_answers(labels_AG, mask_token_id, uniform_AG < mask_probability_A1)
+
+
+def mask_answers(
+    labels_AG: torch.Tensor, mask_token_id: int, chosen_AG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`noise_answers` where it is decided which tokens are masked, (A, G) bool."""
     supervised = labels_AG != -100
-    masked = supervised & (uniform_AG < mask_probability_A1)
+    masked = supervised & chosen_AG
     return torch.where(masked | ~supervised, mask_token_id, labels_AG), masked
 
 
@@ -233,8 +240,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         labels: torch.Tensor | None = None,
         mask_probability: torch.Tensor | None = None,
         answer_noise: torch.Tensor | None = None,
+        answer_masked: torch.Tensor | None = None,
         loss_weighting: str = "elbo",
         num_items: torch.Tensor | None = None,
+        use_all_parts: bool = False,
         sample_ids: torch.Tensor | None = None,
         region_order: torch.Tensor | None = None,
         **prompt: Any,
@@ -250,10 +259,14 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             answer_ids: (A, G) ids in the slots, masked ones holding the mask token. Give these or `labels`.
             labels: (A, G) clean ids, -100 behind the end of an answer: those slots do not exist. A may be a multiple of
                 the number of regions: answers of one region then stand next to each other.
-            mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out.
+            mask_probability: (A, 1) p of equation 2 in (0, 1]; drawn uniformly when left out. An int32 tensor holds the
+                bits of p as fp32, which no mixed precision changes on the way.
             answer_noise: (A, G) draws from U(0, 1) that decide which tokens are masked; drawn when left out. With
                 `supervise_markers` (A, Z), whole spans, and so are the output's logits and masked tokens.
+            answer_masked: (A, G) or (A, Z) bool, which tokens are masked, instead of `answer_noise`.
             loss_weighting, num_items: see `masked_diffusion_loss`.
+            use_all_parts: run the vision side with no effect where the batch has no images or no regions, so that all
+                processes that share their weights run the same modules and every parameter has a gradient.
         """
         if (answer_ids is None) == (labels is None):
             raise ValueError(
@@ -264,6 +277,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             prompt.pop(switch, None)
         inputs = PromptInputs(input_ids, inputs_embeds, attention_mask, pixel_values=pixel_values, **prompt)
         conditioned = self.embed_prompt(inputs.checked(self), training=labels is not None)
+        if use_all_parts:
+            idle = pixel_values is None, inputs.region_boxes is None
+            conditioned.embeds = self.run_idle_parts(conditioned.embeds, *idle)
         if labels is None:
             assert answer_ids is not None  # one of the two was given
             spans = self.place_answers(conditioned, answer_ids.shape[0], answer_ids.shape[1])
@@ -274,9 +290,12 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             labels = spans.enclose_labels(labels)
         if mask_probability is None:
             mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
-        if answer_noise is None:
-            answer_noise = torch.rand(labels.shape, device=labels.device)
-        noised, masked = noise_answers(labels, self.config.mask_token_id, mask_probability, answer_noise)
+        elif mask_probability.dtype == torch.int32:
+            mask_probability = mask_probability.view(torch.float32)
+        if answer_masked is None:
+            answer_noise = torch.rand(labels.shape, device=labels.device) if answer_noise is None else answer_noise
+            answer_masked = answer_noise < mask_probability
+        noised, masked = mask_answers(labels, self.config.mask_token_id, answer_masked)
         # 3. denoise all answers in one pass
         if self.config.supervise_markers:
             hidden = self.run_spans(conditioned, spans, noised)
@@ -399,6 +418,20 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             pixel_values = (pixel_values.float() / 255 - mean) / std
         pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
         return self.projector(self.vision_tower(pixels, config.vision_feature_layer, addend))
+
+    def run_idle_parts(self, embeds: torch.Tensor, no_images: bool, no_regions: bool) -> torch.Tensor:
+        """Embeddings unchanged, with a gradient of zero to what a batch leaves out: an empty tile or region is run."""
+        config, replays = self.config, self.config.region_conditioning == "replay"
+        if not config.text_only and (no_images or (no_regions and config.region_conditioning == "vision")):
+            side, patches = config.vision_config.image_size, config.patches_per_side
+            coverage = embeds.new_zeros(1, config.num_region_prompts, patches, patches)
+            embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side), coverage).mean()
+        if no_regions and replays:
+            cells = config.roi_size * config.coverage_subsamples
+            features = embeds.new_zeros(1, config.roi_size**2, embeds.shape[-1])
+            replayed = self.region_replay(features, embeds.new_zeros(1, cells, cells), embeds.new_zeros(1, 6))
+            embeds = embeds + 0.0 * replayed.mean()
+        return embeds
 
     def replay_regions(self, inputs: PromptInputs, tiles: list[torch.Tensor], training: bool = False) -> torch.Tensor:
         """RoI tokens (R, bins², D) of all regions.

@@ -138,7 +138,7 @@ class PackedPasses:
         self.spans = model.place_answers(prompt, answers, num_slots, bare=not prompt.num_regions.any())
         rows = self.spans.roles
         self.whole = model.config.layout.allowed(prompt.roles.cat(rows), prompt.roles.cat(rows))
-        self.between, self.cache = None, None
+        self.between, self.cache = self.whole, None
         if refresh_interval > 1:
             self.between = self.whole[:, :, prompt.ids.shape[1] :]
             layers = model.config.text_config.num_hidden_layers

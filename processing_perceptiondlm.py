@@ -7,6 +7,7 @@ s tile side in pixels, P patches per tile side, K region prompts:
     attention_mask   (B, L) int64     1 for tokens, 0 for padding (on the right)
     token_roles      (B, L) int64     SHARED, ROI or SEPARATOR of sequence_perceptiondlm
     region_ids       (B, L) int64     region of a RoI or separator token within its row, -1 elsewhere
+                                      (of a shared token the turn from which on it is seen, -1 always: training alone)
     num_regions      (B,) int64       regions of each row, 0 for plain text
     sample_ids       (B,) int64       which sample a row belongs to: an image may need several passes, hence rows
     pixel_values     (T, 3, s, s) uint8     tiles in row-major order, thumbnail last; the model normalises them. Floats
@@ -59,6 +60,7 @@ from .regions_perceptiondlm import regions_of
 MASK_SAMPLINGS = ("area", "nearest")
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
 IMAGE_SETTINGS = ("max_tiles", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "exif")
+REGION_SETTINGS = ("max_regions_per_pass", "resize_masks")  # of a call
 OWN_SETTINGS = (
     "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions", "system_prompt", "region_question",
 )  # fmt: skip
@@ -215,10 +217,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
         label_map: Any = None,
         points: Any = None,
         prompt_ids: Any = None,
-        max_regions_per_pass: int | None = None,
-        resize_masks: bool = False,
-        rendered: bool | None = None,
-        return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
         """Build a batch, either of regions to caption or of text (with or without images) to continue.
@@ -238,21 +236,22 @@ class PerceptionDLMProcessor(ProcessorMixin):
             max_regions_per_pass: overrides the processor's.
             resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
             rendered: whether text is a rendered prompt, by default if it begins with a special token.
-            return_tensors: only "pt".
-            kwargs: settings of the image processor that replace its own, such as `max_tiles`, and `exif`: whether
-                regions refer to the pixels as `"stored"` or to the picture with its EXIF orientation `"applied"`, by
-                default as stored, with a warning where the two differ and the regions do not tell. Of a tokenizer's
-                keywords those of [`TextOptions`]. Both may come in `images_kwargs` and `text_kwargs`.
+            exif: whether regions refer to the pixels as `"stored"` or to the picture with its EXIF orientation
+                `"applied"`, as transformers' and OpenCV's loaders show it. By default as stored, with a warning where
+                the two differ and the regions do not tell.
+            kwargs: `max_tiles` and other settings of the image processor, and a tokenizer's keywords as far as
+                [`TextOptions`] has them; both may come in `images_kwargs` and `text_kwargs`. return_tensors: only "pt".
         Returns:
             `BatchFeature` with the keys listed at the top of this file.
         Raises:
             ValueError, TypeError: naming what was wrong and what is accepted.
         """
-        options, image_settings = split_options(grouped(kwargs))
-        if unknown := sorted(set(image_settings) - set(IMAGE_SETTINGS)):
-            raise TypeError(f"unknown processor keywords {unknown}")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        options, left = split_options(grouped(kwargs))
+        image_settings = {name: left.pop(name) for name in IMAGE_SETTINGS if name in left}
+        region_settings = {name: left.pop(name) for name in REGION_SETTINGS if name in left}
+        rendered = left.pop("rendered", None)
+        if left:
+            raise TypeError(f"unknown processor keywords {sorted(left)}")
         regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
         given = [name for name, value in regions.items() if value is not None]
         if len(given) > 1:
@@ -260,9 +259,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if given:
             form = given[0]
             rows = self.region_rows(
-                images, text, form, regions[form], prompt_ids=prompt_ids, max_regions_per_pass=max_regions_per_pass,
-                resize_masks=resize_masks, **image_settings,
-            )  # fmt: skip
+                images, text, form, regions[form], prompt_ids, **region_settings, **image_settings
+            )
             if not rows:
                 accepted = "at least 1 in a batch (the pipeline gives [] for an image without regions)"
                 raise ValueError(f"{form} holds no region; accepted: {accepted}")
@@ -297,8 +295,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         chats = [chat_messages(chat, self.tokenizer) for chat in (conversation if batched else [conversation])]
         own = {**(kwargs.pop("processor_kwargs", None) or {}), "rendered": True}
         kwargs.pop("sanitize_control_tokens", None)  # it is done in any case
-        if kwargs.get("return_tensors", "auto") not in ("auto", None, "pt"):
-            raise ValueError(f"return_tensors must be 'pt', got {kwargs['return_tensors']!r}")
+        if kwargs.get("return_tensors", "pt") in ("auto", None):
+            kwargs["return_tensors"] = "pt"
         messages = chats if batched else chats[0]
         batch = super().apply_chat_template(messages, *args, tokenize=True, processor_kwargs=own, **kwargs)
         if isinstance(batch, BatchFeature) and "assistant_masks" in batch:

@@ -30,7 +30,8 @@ class TokenRoles:
     Args:
         role: SHARED (system turn, image, question, assistant header), ROI (replayed features of one region), SEPARATOR
             (the newline that ends a RoI span), CAPTION (marker, slots, terminator of one answer) or PAD.
-        region: index of the region a token belongs to within its row, -1 for shared tokens and padding.
+        region: index of the region a token belongs to within its row, -1 for padding. Of a shared token it is the turn
+            of a conversation from which on it is seen, by tokens whose own is as large: -1 always.
         answer: for CAPTION tokens, the index of the answer within its row; equal to `region` unless several answers
             describe one region (as the noised copies of a caption do in training). -1 otherwise.
     """
@@ -79,21 +80,22 @@ class FullLayout:
     def allowed(self, queries: TokenRoles, keys: TokenRoles) -> torch.Tensor:
         """Which key each query may attend to: bool (B, 1, queries, keys).
 
-        Padding is never attended to; a padding query sees the shared tokens, so that its row stays finite.
+        Where a row asks several turns, a shared token is seen by the shared tokens and answers of its turn and later
+        ones. Padding is never attended to; a padding query sees the shared tokens, so that its row stays finite.
         """
         q_role, k_role = queries.role[:, :, None], keys.role[:, None, :]
         same_region = queries.region[:, :, None] == keys.region[:, None, :]
         same_answer = queries.answer[:, :, None] == keys.answer[:, None, :]
         relations = Relations(
             real_key=k_role != PAD,
-            shared_key=k_role == SHARED,
+            shared_key=(k_role == SHARED) & (keys.region[:, None, :] <= queries.region[:, :, None]),
             own_roi=same_region & (k_role == ROI),
             own_separator=same_region & (k_role == SEPARATOR),
             own_answer=same_answer & (k_role == CAPTION),
             region_query=(q_role == ROI) | (q_role == SEPARATOR) | (q_role == CAPTION),
             caption_query=q_role == CAPTION,
         )
-        return torch.where(q_role == PAD, relations.shared_key, self._sees(relations)).unsqueeze(1)
+        return torch.where(q_role == PAD, k_role == SHARED, self._sees(relations)).unsqueeze(1)
 
     def _sees(self, relations: Relations) -> torch.Tensor:
         return relations.real_key
@@ -143,11 +145,13 @@ class IsolatedLayout(FullLayout):
         return positions.masked_fill(prompt.role == PAD, 0)
 
     def answer_positions(self, prompt: TokenRoles, answers: TokenRoles, answers_per_row: int) -> torch.Tensor:
-        """Position ids (B, M * Z): every answer starts behind the prompt of its region alone."""
+        """Position ids (B, M * Z): every answer starts behind the prompt of its region, or turn, alone."""
         in_span = (prompt.role == ROI) | (prompt.role == SEPARATOR)
-        alone = (prompt.role == SHARED) | (in_span & (prompt.region == 0))
-        within = exclusive_cumsum((answers.role != PAD).unflatten(1, (answers_per_row, -1)))
-        return alone.sum(dim=1)[:, None] + within.flatten(1)
+        first_span_B1 = (in_span & (prompt.region == 0)).sum(dim=1, keepdim=True)
+        turn_BM = answers.region.unflatten(1, (answers_per_row, -1)).amax(dim=2)
+        seen_BML = (prompt.role == SHARED)[:, None] & (prompt.region[:, None] <= turn_BM[:, :, None])
+        within_BMZ = exclusive_cumsum((answers.role != PAD).unflatten(1, (answers_per_row, -1)))
+        return ((seen_BML.sum(dim=2) + first_span_B1)[:, :, None] + within_BMZ).flatten(1)
 
 
 def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:
@@ -206,8 +210,8 @@ class AnswerSpans:
 
     Args:
         prompt: the prompt, with the number of regions of every row.
-        num_answers: A, a multiple of the number of targets (regions, and rows without any): several noised copies of
-            one answer may stand next to each other.
+        num_answers: A, a multiple of the number of targets (regions; turns of a conversation; one for other rows):
+            several noised copies of one answer may stand next to each other.
         num_slots: G.
         config: the model's configuration.
         lengths_A: slots that exist in each answer, by default all G; the others are padding.
@@ -224,7 +228,8 @@ class AnswerSpans:
         bare: bool = False,
     ):
         self.config, self.device = config, prompt.embeds.device
-        targets_B = prompt.num_regions.clamp(min=1)
+        turns_B = prompt.roles.region.masked_fill(prompt.roles.role != SHARED, -1).amax(dim=1) + 1
+        targets_B = torch.maximum(prompt.num_regions, turns_B).clamp(min=1)
         targets = int(targets_B.sum())
         if num_answers == 0 or num_answers % targets:
             raise ValueError(f"{num_answers} answers do not fit {targets} regions (or rows without regions)")

@@ -14,6 +14,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "score a model, or captions from elsewhere, on a benchmark"),
     "compare": ("compare", "results of several systems or judges side by side"),
     "judge-answers": ("judge_answers", "judge short answers strictly, from sample logs of lmms-eval"),
+    "import-regions": ("import_regions", "your images and masks as a region set for training"),
+    "prepare": ("prepare", "look through the data of a training run before it starts"),
     "plan": ("plan", "estimate memory, steps and days of a training run"),
     "benchmark": ("benchmark", "time ways of captioning N regions, side by side"),
 }

@@ -24,6 +24,7 @@ from perceptiondlm.evaluation.captions import (
     write_captions,
 )
 from perceptiondlm.evaluation.drawn_scenes import evaluate_scenes
+from perceptiondlm.evaluation.judges.chat import ChatJudge
 from perceptiondlm.evaluation.judges.registry import judge_report
 from perceptiondlm.evaluation.reports.report import write_html, write_markdown
 from perceptiondlm.evaluation.reports.results import Results, beside_table_2
@@ -35,10 +36,11 @@ from perceptiondlm.evaluation.runner import (
     require_pictures,
     speed,
 )
+from perceptiondlm.evaluation.scoring import Judge
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
 
-JUDGES = "rules (drawn scenes), openai:MODEL, azure:DEPLOYMENT, transformers:PATH or replay:FILE"
+JUDGES = "rules (drawn scenes), openai:MODEL, azure:DEPLOYMENT, litellm:MODEL, transformers:PATH or replay:FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +88,9 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or Path("outputs") / "evaluate" / Path(options.dataset).resolve().name
     benchmark = open_benchmark(options, out, state)
     region_ids = [region.region_id for region in benchmark.regions]
+    show = judge is not None and show_image(options, benchmark, judge)
+    if isinstance(judge, ChatJudge) and state.is_main_process:
+        judge.try_out(show)
     measured: dict[str, Any] = {}
     if options.captions:
         captions, issues = read_captions(options.captions, region_ids, options.allow_partial)
@@ -99,13 +104,18 @@ def run(options: argparse.Namespace) -> None:
     if spec is None or judge is None:
         print(f"{len(captions)} captions: {out / 'captions.json'}; judge them with --captions and --judge")
         return
-    show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
-    if show:
-        require_pictures(benchmark)
     score = benchmark.score(captions, judge, show_image=show, allow_missing=options.allow_partial, progress=True)
     judging = {**judge_report(judge), "sees image and mask": show}
     results = Results(system_name(options), spec, benchmark.name, score, issues, judging=judging, **measured)
     write_reports(results, benchmark, out, options.json)
+
+
+def show_image(options: argparse.Namespace, benchmark: Benchmark, judge: Judge) -> bool:
+    """Whether the judge gets the regions' crops; refuses pictures that are not there."""
+    show = benchmark.shows_image(judge) if options.show_image is None else options.show_image
+    if show:
+        require_pictures(benchmark)
+    return show
 
 
 def run_scenes(options: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ class FakeJudge:
         latency: seconds before a reply.
 
     Attributes:
-        base_url: for `judges_openai.openai_endpoint`.
+        base_url: for `judges.openai.openai_endpoint`.
         num_requests: requests so far.
     """
 

@@ -28,6 +28,10 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+FROZEN = ("auto", "float32", "bfloat16", "8bit", "4bit")
+QUANTIZED = ("8bit", "4bit")
+
+
 @dataclass
 class TokenizerConfig:
     """The tokenizer to learn: size of its vocabulary (special tokens included) and the scenes it is learned from."""
@@ -70,6 +74,10 @@ class TrainConfig:
         reset: parts that start with fresh weights although `init_from` has them.
         lora: train adapters instead of the language model; the other parts are trained as they are.
         ema_decay: keep a moving average of the weights with this decay per step, in (0, 1), and finish with it.
+        frozen_weights: of `FROZEN`, how weights that do not train are held: `auto` as the checkpoint stores them where
+            that is bf16 and `trainer.bf16` is on, else fp32; `8bit` and `4bit` quantize the language model's layers
+            (bitsandbytes) and are for adapters. What trains is held in fp32 in any case, and the finished checkpoint is
+            merged into the weights as they are stored.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
@@ -77,6 +85,7 @@ class TrainConfig:
     reset: list[str] = field(default_factory=list)
     lora: LoraConfig | None = None
     ema_decay: float | None = None
+    frozen_weights: str = "auto"
 
     def __post_init__(self):
         for name, given in (("parts", self.parts), ("learning_rates", self.learning_rates), ("reset", self.reset)):
@@ -89,6 +98,12 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay must be in (0, 1), got {self.ema_decay}")
         if self.lora and "language_model" not in self.parts:
             raise ValueError("train.lora adapts the language model: add 'language_model' to train.parts")
+        if self.frozen_weights not in FROZEN:
+            raise ValueError(f"train.frozen_weights must be one of {FROZEN}, got {self.frozen_weights!r}")
+        if self.frozen_weights in QUANTIZED and not self.lora:
+            raise ValueError(
+                f"train.frozen_weights {self.frozen_weights!r} cannot train but for adapters: add train.lora"
+            )
 
 
 @dataclass
@@ -97,13 +112,16 @@ class EvaluationConfig:
 
     Args:
         source: held-out samples: drawn `scenes` (scored by the protocol of ParaDLC-Bench), `scene_conversations` (share
-            of answers exactly right), or a set on disk (held-out loss).
+            of answers exactly right), or a set on disk (held-out loss; of regions, also how many words of the captions
+            are right).
+        at_start: look before the first step, too.
         pictures: of the held-out samples with regions, how many are drawn with their captions.
     """
 
     source: SourceConfig = field(default_factory=lambda: SourceConfig("scenes", samples=24, seed=2))
     steps: int = 500
     pictures: int = 2
+    at_start: bool = False
 
     def __post_init__(self):
         if self.source.samples is None or self.source.streaming:
@@ -142,7 +160,10 @@ class RunConfig:
         processor: settings of `PerceptionDLMProcessor.from_config`.
         batch_size: samples of an optimizer step over all processes; sets `trainer.gradient_accumulation_steps`.
         export_dtype: storage of the finished weights, a torch dtype name.
-        resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one.
+        resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one, which must be of
+            this run: the same data, loss, model, rates and samples per step.
+        resume_with: names of settings that differ on purpose from the run that is continued, such as
+            `trainer.learning_rate`.
     """
 
     export_dir: str
@@ -160,6 +181,7 @@ class RunConfig:
     batch_size: int | None = None
     export_dtype: str = "float16"
     resume: bool = False
+    resume_with: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.trainer = check_trainer(self.trainer)
@@ -169,6 +191,12 @@ class RunConfig:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.init_from is None and self.preset is None and "text_config" not in self.model:
             raise ValueError("give init_from, preset or the sizes of a new model in model.text_config")
+        if self.resume_with and not self.resume:
+            raise ValueError(f"resume_with names {self.resume_with}, but resume is off: add --resume")
+        if self.train.frozen_weights not in ("auto", "float32") and not self.trainer.get("bf16"):
+            raise ValueError(f"train.frozen_weights {self.train.frozen_weights!r} needs trainer.bf16=true")
+        if self.init_from is None and self.train.frozen_weights in QUANTIZED:
+            raise ValueError(f"train.frozen_weights {self.train.frozen_weights!r} needs init_from: what to quantize")
         if self.init_from is None and self.train.reset:
             raise ValueError("train.reset is for init_from: a model from nothing is fresh as a whole")
 

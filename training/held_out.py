@@ -1,11 +1,16 @@
 """Looking at the model while it trains: scores or loss on held-out samples, and pictures with its captions."""
 
+import re
 import time
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from PIL import Image
+from transformers import TrainerCallback
 
 from perceptiondlm.common.drawing import annotate
 from perceptiondlm.evaluation.drawn_conversations import evaluate_conversations
@@ -17,6 +22,7 @@ from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig
 from perceptiondlm.training.data.mixture import build_mixture
 from perceptiondlm.training.modules import plain_model
+from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
 SCENE_SCORES = ("positive", "negative", "average", "recognition", "exact")
@@ -29,19 +35,30 @@ class HeldOutEvaluation(TrainerCallback):
     All processes take part, because each may hold only a share of the weights; the first one writes.
     """
 
-    def __init__(self, trainer: Trainer, run: RunConfig):
+    def __init__(self, trainer: PerceptionDLMTrainer, run: RunConfig):
         self.trainer, self.run = trainer, run
         self.source, self.settings = run.evaluation.source, run.evaluation
         processor, config = trainer.processing_class, plain_model(trainer.model).config
         self.has_regions = config.region_conditioning != "none"
-        if self.source.kind in ("scenes", "regions") and not self.has_regions and self.settings.steps:
+        if (
+            self.source.kind in ("scenes", "regions")
+            and not self.has_regions
+            and (self.settings.steps or self.settings.at_start)
+        ):
             raise ValueError(
                 f"evaluation.source {self.source.kind!r} holds regions, which this base model does not know"
             )
-        data = DataConfig([self.source], seed=run.data.seed, max_length=run.data.max_length)
-        if self.settings.steps:
+        data = DataConfig([self.source], seed=run.data.seed, max_length=run.data.max_length, prepared=run.data.prepared)
+        if self.settings.steps or self.settings.at_start:
             self.samples = build_mixture(data, run.loss, processor, config, run.output_dir)
             self.collator = AnswerCollator.build(data, run.loss, processor, config)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Evaluate before the first step, if wanted; a run that goes on has done so."""
+        if self.settings.at_start and state.global_step == 0:
+            self.trainer.log(self.evaluate(0))
+            control.should_log = False
+            self.trainer.meter.restart()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Evaluate at every multiple of `steps`, and at the end."""
@@ -58,18 +75,21 @@ class HeldOutEvaluation(TrainerCallback):
         model, average = plain_model(self.trainer.model), self.trainer.average
         model.eval()
         try:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.trainer.args.bf16):
-                if average is None:
-                    return self.look(model, step)
-                with average.applied():
-                    return self.look(model, step)
+            bf16 = self.trainer.accelerator.mixed_precision == "bf16"
+            averaged = nullcontext() if average is None else average.applied()
+            with (
+                torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+                averaged,
+                self.trainer.whole_weights(),
+            ):
+                return self.look(model, step)
         finally:
             model.train()
 
     def look(self, model, step: int) -> dict[str, float]:
         """Draw the pictures and score."""
         processor, source = self.trainer.processing_class, self.source
-        self.draw(model, step)
+        words = self.caption(model, step)
         if source.kind == "scenes":
             report = evaluate_scenes(model, processor, source.seed, len(self.samples))
             return {f"scenes_{name}": round(report[name], 2) for name in SCENE_SCORES}
@@ -77,7 +97,7 @@ class HeldOutEvaluation(TrainerCallback):
             report = evaluate_conversations(model, processor, source.kind, source.seed, len(self.samples))
             per_kind = {f"conversations_{kind}": round(value, 2) for kind, value in report["per_kind"].items()}
             return {"conversations_exact": round(report["exact"], 2), **per_kind}
-        return {"held_out_loss": round(self.loss(model), 4)}
+        return {"held_out_loss": round(self.loss(model), 4), **words}
 
     @torch.no_grad()
     def loss(self, model) -> float:
@@ -91,23 +111,33 @@ class HeldOutEvaluation(TrainerCallback):
             items += count
         return total / max(items, 1)
 
-    def draw(self, model, step: int) -> None:
-        """Caption the regions of the first held-out samples and write the pictures."""
-        folder = self.run.output_dir / "pictures"
-        for index in range(min(self.settings.pictures, len(self.samples))):
+    def caption(self, model, step: int) -> dict[str, float]:
+        """Caption held-out regions: pictures of the first samples, and `held_out_words` of a region set."""
+        folder, scored = self.run.output_dir / "pictures", self.source.kind == "regions"
+        scores: list[float] = []
+        for index in range(len(self.samples) if scored else min(self.settings.pictures, len(self.samples))):
             sample = self.samples[index]
             if "masks" not in sample:
                 continue
-            picture = captioned(model, self.trainer.processing_class, sample)
-            if self.trainer.is_world_process_zero():
+            image, masks, captions = captioned(model, self.trainer.processing_class, sample)
+            scores += [word_f1(given, wanted) for given, wanted in zip(captions, sample["captions"], strict=True)]
+            if index < self.settings.pictures and self.trainer.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
-                picture.save(Path(folder, f"step-{step:06d}-{index}.png"))
+                annotate(image, masks, captions).save(Path(folder, f"step-{step:06d}-{index}.png"))
+        return {"held_out_words": round(100 * sum(scores) / len(scores), 2)} if scored and scores else {}
 
 
 @torch.inference_mode()
-def captioned(model, processor, sample: dict[str, Any]):
-    """A sample's image with its regions and the captions that the model gives them."""
+def captioned(model, processor, sample: dict[str, Any]) -> tuple[Image.Image, np.ndarray, list[str]]:
+    """A sample's image, its masks (N, H, W) and the captions that the model gives them."""
     image = load_image(sample["image"])
     masks = region_masks((image.height, image.width), masks=sample["masks"])
     inputs = processor(images=image, masks=masks).to(model.device)
-    return annotate(image, masks, processor.post_process_region_captions(model.generate(**inputs))[0])
+    return image, masks, processor.post_process_region_captions(model.generate(**inputs))[0]
+
+
+def word_f1(given: str, wanted: str) -> float:
+    """Harmonic mean of the shares of words that two texts have in common, in [0, 1], whatever their order and case."""
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in (given, wanted)]
+    common = (words[0] & words[1]).total()
+    return 2 * common / max(words[0].total() + words[1].total(), 1)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from perceptiondlm.training.data.noise import probability
+
 
 NOISE_BINS = ("0-25", "25-50", "50-75", "75-100")  # percent of tokens masked, by expectation
 
@@ -16,7 +18,7 @@ class Meter:
         device: where batches are, so that adding one waits for nothing.
     """
 
-    COUNTS = ("tokens", "places", "images", "samples")
+    COUNTS = ("tokens", "places", "images", "samples", "supervised")
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros(len(NOISE_BINS), dtype=torch.float64, device=device)
@@ -27,23 +29,34 @@ class Meter:
 
     def add(self, batch: dict[str, torch.Tensor], token_losses: torch.Tensor, masked: torch.Tensor) -> None:
         """Count a batch of the collator and its token losses (A, G), masked (A, G) bool."""
-        level = (batch["mask_probability"] * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        level = (
+            (probability(batch["mask_probability"]) * len(NOISE_BINS)).long().clamp(max=len(NOISE_BINS) - 1).flatten()
+        )
         self.loss.index_add_(0, level, token_losses.sum(dim=1, dtype=torch.float64))
         self.masked.index_add_(0, level, masked.sum(dim=1, dtype=torch.float64))
         self.counts += sizes(batch)
+
+    def restart(self) -> None:
+        """Leave the time so far out of the speed."""
+        self.start = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not training out of the speed."""
         self.start += seconds
 
     def drain(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Numbers since the last call: `loss_noise_*`, `tokens_per_second`, `images_per_second`, `padding_share`.
+        """Numbers since the last call: `loss_noise_*`, `tokens_per_second`, `images_per_second`, `padding_share`,
+        `supervised_share`.
 
         Args:
             add_up: sums a tensor over all processes.
         """
         sums = add_up(torch.cat((self.loss, self.masked, self.counts))).tolist()
-        loss, masked, counts = sums[: len(NOISE_BINS)], sums[len(NOISE_BINS) : 2 * len(NOISE_BINS)], sums[-4:]
+        loss, masked, counts = (
+            sums[: len(NOISE_BINS)],
+            sums[len(NOISE_BINS) : 2 * len(NOISE_BINS)],
+            sums[2 * len(NOISE_BINS) :],
+        )
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         self.seconds += seconds
@@ -68,19 +81,21 @@ def rates(counts: dict[str, float], seconds: float) -> dict[str, float]:
         "tokens_per_second": round(counts["tokens"] / seconds, 1),
         "images_per_second": round(counts["images"] / seconds, 2),
         "padding_share": round(1 - counts["tokens"] / max(counts["places"], 1), 4),
+        "supervised_share": round(counts["supervised"] / max(counts["tokens"], 1), 4),
     }
 
 
 def sizes(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens, places for tokens (padding included), images and rows of a batch, (4,) float64.
+    """Tokens, places for tokens (padding included), images, rows and supervised tokens of a batch, (5,) float64.
 
     Answers stand behind the prompts, in as many blocks per row as the row with the most answers has.
     """
     mask_BL, labels_AG = batch["attention_mask"], batch["labels"]
-    targets_B = batch["num_regions"].clamp(min=1)
+    targets_B = (batch["region_ids"].amax(dim=1) + 1).clamp(min=1)  # regions, turns, or one answer
     copies = len(labels_AG) / targets_B.sum()
-    tokens = mask_BL.sum() + (labels_AG != -100).sum()
+    supervised = (labels_AG != -100).sum()
+    tokens = mask_BL.sum() + supervised
     places = mask_BL.numel() + len(mask_BL) * targets_B.max() * copies * labels_AG.shape[1]
     images = torch.tensor(len(batch["tile_grids"]) if "tile_grids" in batch else 0)
-    counts = (tokens, places, images, torch.tensor(len(mask_BL)))
+    counts = (tokens, places, images, torch.tensor(len(mask_BL)), supervised)
     return torch.stack([count.to(mask_BL.device, torch.float64) for count in counts])

@@ -21,7 +21,7 @@ def part_of(name: str) -> str:
 def prepare_parts(model: PerceptionDLMForConditionalGeneration, config: TrainConfig) -> nn.Module:
     """Freeze what `config.parts` leaves out, and put adapters on the language model if wanted.
 
-    Parameters that the model never uses stay frozen in any case.
+    Parameters that the model never uses stay frozen in any case. What trains is held in fp32.
 
     Returns:
         the model, or the `peft.PeftModel` around it.
@@ -31,6 +31,10 @@ def prepare_parts(model: PerceptionDLMForConditionalGeneration, config: TrainCon
         raise ValueError(f"train.parts names {missing}, which this model does not have")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and part_of(name) in config.parts)
+    adapted = PARTS["language_model"] if config.lora else ()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(adapted):
+            parameter.data = parameter.data.float()
     return model if config.lora is None else add_adapters(model, config.lora)
 
 
@@ -79,6 +83,12 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # the state before training, which adapters keep beside a part trained whole
             continue
-        counts[part_of(name)]["total"] += parameter.numel()
-        counts[part_of(name)]["trained"] += parameter.numel() * parameter.requires_grad
+        counts[part_of(name)]["total"] += num_weights(parameter)
+        counts[part_of(name)]["trained"] += num_weights(parameter) * parameter.requires_grad
     return counts
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """Weights in a parameter: bitsandbytes packs two of 4 bits into a byte, ZeRO-3 leaves its share alone in place."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", None) or (parameter.numel() if state is None else state.shape.numel())

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from accelerate.state import PartialState
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers.utils import is_bitsandbytes_available
 
 from perceptiondlm.checkpoints.convert import local_folder
+from perceptiondlm.checkpoints.files import Checkpoint
 from perceptiondlm.checkpoints.folder import prepare_config
 from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
 from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, special_token_ids
@@ -15,15 +18,26 @@ from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConf
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
-from perceptiondlm.training.config import PARTS, RunConfig
+from perceptiondlm.training.config import PARTS, QUANTIZED, RunConfig
+from perceptiondlm.training.sharding import sharding_asked
 
 
 Start = tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]
 
 
-def build_model(run: RunConfig) -> Start:
-    """The model in fp32 and its processor, from nothing or from `init_from`."""
-    model, processor = fresh_model(run) if run.init_from is None else model_from_checkpoint(run, run.init_from)
+def build_model(run: RunConfig, as_stored: bool = False) -> Start:
+    """The model and its processor, from nothing or from `init_from`.
+
+    Args:
+        as_stored: with all weights as the checkpoint stores them, for adapters to be merged into; else for training,
+            see `TrainConfig.frozen_weights`: what trains is still to be brought to fp32.
+    """
+    if run.init_from is None:
+        model, processor = fresh_model(run)
+        if run.train.frozen_weights == "bfloat16" and not as_stored:
+            model = model.bfloat16()
+    else:
+        model, processor = model_from_checkpoint(run, run.init_from, as_stored)
     prepare_config(model.config)
     slots = model.generation_config.max_new_tokens
     if run.init_from is None or slots < run.loss.num_slots:
@@ -57,23 +71,46 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 def fresh_model(run: RunConfig) -> Start:
     """A model with fresh weights, its tokenizer learned from drawn scenes."""
+    config, processor = fresh_parts(run)
+    return PerceptionDLMForConditionalGeneration(config), processor
+
+
+def fresh_parts(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor]:
+    """Config and processor of a model from nothing."""
     settings = model_settings(run)
     settings["text_config"].pop("vocab_size", None)  # the tokenizer's
     texts = scene_texts(run.tokenizer.seed, run.tokenizer.scenes)
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
     tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
     config = build_config(settings, tokenizer)
-    return PerceptionDLMForConditionalGeneration(config), PerceptionDLMProcessor.from_config(
-        config, tokenizer, **run.processor
-    )
+    return config, PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
 
 
-def model_from_checkpoint(run: RunConfig, source: str) -> Start:
+def model_from_checkpoint(run: RunConfig, source: str, as_stored: bool = False) -> Start:
     """A checkpoint's model with `model`'s changes; parts it lacks or `train.reset` names are fresh.
 
     Raises:
         FileNotFoundError, ValueError: naming what does not fit.
     """
+    config, processor, generation = checkpoint_parts(run, source)
+    folder = local_folder(source)
+    held = held_weights(run, folder, as_stored)
+    model = load_weights(folder, config, tuple(run.train.reset), source, held)
+    model.generation_config = generation
+    return model, processor
+
+
+def build_processor(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor]:
+    """Config and processor of a run's model, without its weights. Raises as `build_model` does."""
+    if run.init_from:
+        return checkpoint_parts(run, run.init_from)[:2]
+    return fresh_parts(run)
+
+
+def checkpoint_parts(
+    run: RunConfig, source: str
+) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor, PerceptionDLMGenerationConfig]:
+    """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes."""
     folder = local_folder(source)
     if (kind := detect(folder)) != "perceptiondlm":
         raise ValueError(f"init_from {source} holds {kind!r} weights: bring them here first, perceptiondlm convert")
@@ -88,12 +125,10 @@ def model_from_checkpoint(run: RunConfig, source: str) -> Start:
         config, tokenizer = recipe.config, recipe.tokenizer
         generation = PerceptionDLMGenerationConfig(**recipe.generation)
     config = PerceptionDLMConfig.from_dict(changed(config.to_dict(), run.model))
-    model = load_weights(folder, config, tuple(run.train.reset), source)
-    model.generation_config = generation
     fresh_processor = PerceptionDLMProcessor.from_config(
-        model.config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
+        config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
     )
-    return model, fresh_processor
+    return config, fresh_processor, generation
 
 
 def added_regions(run: RunConfig, folder: Path, base: PerceptionDLMConfig, conditioning: str) -> Recipe:
@@ -109,12 +144,46 @@ def added_regions(run: RunConfig, folder: Path, base: PerceptionDLMConfig, condi
     return recipe
 
 
+def held_weights(run: RunConfig, folder: Path, as_stored: bool) -> str:
+    """How a checkpoint's weights are to be held: of `FROZEN`, but `auto`."""
+    stored = {tensor.dtype for tensor in Checkpoint(folder).tensors.values()}
+    own = "bfloat16" if stored == {"BF16"} else "float32"
+    if as_stored:
+        return own
+    if run.train.frozen_weights != "auto":
+        return run.train.frozen_weights
+    return own if run.trainer.get("bf16") and not sharding_asked() else "float32"
+
+
+def loading_settings(held: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for weights held so; quantized ones lie on this process's device.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    if held not in QUANTIZED:
+        return {"dtype": getattr(torch, held)}
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"train.frozen_weights {held!r} needs bitsandbytes: pip install 'perceptiondlm[quantization]'"
+        )
+    whole = [prefix.rstrip(".") for part in PARTS for prefix in PARTS[part] if prefix != "language_model."]
+    if held == "8bit":
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=whole,
+        )  # fmt: skip
+    return {"dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": PartialState().device}}
+
+
 def load_weights(
-    folder: Path, config: PerceptionDLMConfig, reset: tuple[str, ...], source: str
+    folder: Path, config: PerceptionDLMConfig, reset: tuple[str, ...], source: str, held: str = "float32"
 ) -> PerceptionDLMForConditionalGeneration:
-    """A checkpoint's weights in fp32 under a config that may have other parts for regions."""
+    """A checkpoint's weights, held as `loading_settings` says, under a config that may have other parts for regions."""
     model, info = PerceptionDLMForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading_settings(held)
     )
     regions = PARTS["regions"]
     wrong = [str(entry) for entry in info["mismatched_keys"]]

@@ -8,7 +8,6 @@ complete checkpoint of an interrupted run, `--dry-run` prints what a run would d
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from perceptiondlm.checkpoints.folder import export, newest_checkpoint, register_auto_classes
+from perceptiondlm.checkpoints.folder import export, register_auto_classes
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.training.card import plot_log, write_card
@@ -26,15 +25,18 @@ from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.data.batches import padding_report
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.mixture import build_dataset
+from perceptiondlm.training.footprint import Machine
 from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
-from perceptiondlm.training.planner import Machine, make_plan, show_plan
+from perceptiondlm.training.planner import make_plan, show_plan
+from perceptiondlm.training.run_folder import claim_folder, leave_marks
+from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
-# Differing from the HF Trainer: batches have keys of our own, and text-only batches leave the vision side unused.
-TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": True, "report_to": "none"}
+# Differing from the HF Trainer: batches have keys of our own; every parameter takes part in every pass.
+TRAINER_DEFAULTS = {"remove_unused_columns": False, "ddp_find_unused_parameters": False, "report_to": "none"}
 
 
 # What would break the order of samples, and why.
@@ -59,6 +61,7 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
                 "change trainer.per_device_train_batch_size"
             )
         settings["gradient_accumulation_steps"] = run.batch_size // share
+    refuse_sharding_on_cpu(settings.get("use_cpu", False))
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
@@ -67,9 +70,6 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
             f"{launched} processes found no GPU and would train one by one, unaware of each other: "
             "on CPUs, set trainer.use_cpu=true trainer.ddp_backend=gloo"
         )
-    if run.data.streaming and arguments.max_steps <= 0:  # a stream has no end
-        samples = sum(source.samples or 0 for source in run.data.sources) * arguments.num_train_epochs
-        arguments.max_steps = math.ceil(samples / samples_per_step(arguments))
     return arguments
 
 
@@ -79,8 +79,13 @@ def samples_per_step(arguments: TrainingArguments) -> int:
 
 
 def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
-    """Everything a run needs, ready to train: model, data, callbacks."""
+    """Everything a run needs, ready to train: model, data, callbacks, and the checkpoint it goes on from.
+
+    Raises:
+        ValueError: for settings that do not fit together, and for a folder of another run.
+    """
     arguments = trainer_arguments(run)
+    checkpoint = claim_folder(run, samples_per_step(arguments))
     set_seed(arguments.seed)
     register_auto_classes()
     model, processor = build_model(run)
@@ -92,10 +97,14 @@ def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
         data_collator=AnswerCollator.build(run.data, run.loss, processor, model.config),
         processing_class=processor,
         run=run,
+        checkpoint=checkpoint,
     )
     if run.train.lora and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("train.lora needs whole weights on every process: use plain data parallelism")
     trainer.add_callback(HeldOutEvaluation(trainer, run))
+    trainer.accelerator.wait_for_everyone()  # all have compared before one writes
+    if trainer.is_world_process_zero():
+        leave_marks(run, samples_per_step(arguments), arguments.world_size, environment(arguments.device))
     return trainer
 
 
@@ -105,10 +114,7 @@ def train(run: RunConfig) -> Path:
     if trainer.is_world_process_zero():
         counts = count_parameters(trainer.model)
         print("\n".join(f"{part}: {n['total']:,} parameters, {n['trained']:,} trained" for part, n in counts.items()))
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        Path(run.output_dir, "run.yaml").write_text(run.to_yaml())
-    last = newest_checkpoint(run.output_dir) if run.resume else None
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.train(resume_from_checkpoint=None if trainer.checkpoint is None else str(trainer.checkpoint))
     finish(run, trainer)
     # No process may leave before the others: the launcher would end them while the checkpoint is being written.
     trainer.accelerator.wait_for_everyone()
@@ -119,20 +125,21 @@ def train(run: RunConfig) -> Path:
 def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
     """Write the finished checkpoint with its card, log, summary and curve."""
     trainer.measure()  # the steps after the last log
+    if trainer.average is not None:
+        trainer.average.use()
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
     if not trainer.is_world_process_zero():
         return
     summary = summarize(run, trainer)
-    if trainer.average is not None:
-        trainer.average.use()
     model = trainer.model
     if run.train.lora is not None:
         model.save_pretrained(Path(run.export_dir, "adapter"))
-        model = model.merge_and_unload()
+        model = merge_adapter(run, Path(run.export_dir, "adapter"), trainer.args.seed)
     model = plain_model(trainer.accelerator.unwrap_model(model))
-    export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
+    with own_class(model):
+        export(model, trainer.processing_class, run.export_dir, getattr(torch, run.export_dtype), state_dict)
     log = trainer.state.log_history
     content = {"config": dataclasses.asdict(run), "environment": summary["environment"], "log": log}
     write_json(Path(run.export_dir, "training_log.json"), content)
@@ -140,6 +147,15 @@ def finish(run: RunConfig, trainer: PerceptionDLMTrainer) -> None:
         write_json(Path(folder, "summary.json"), summary)
     write_card(run, summary, regions=model.config.region_conditioning != "none")
     plot_log(log, Path(run.export_dir, "training_curve.png"))
+
+
+def merge_adapter(run: RunConfig, folder: Path, seed: int) -> torch.nn.Module:
+    """The model a run started from, as it is stored, with a trained adapter merged: quantizing leaves no trace."""
+    import peft
+
+    set_seed(seed)  # as in `make_trainer`: fresh parts are the same
+    model, _ = build_model(run, as_stored=True)
+    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
@@ -156,6 +172,9 @@ def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:
         "loss": losses[-1]["loss"] if losses else log[-1]["train_loss"],
         "loss_by_noise": {k: v for k, v in losses[-1].items() if k.startswith("loss_noise_")} if losses else {},
         "scores": {k: v for k, v in scores[-1].items() if k not in bookkeeping} if scores else {},
+        "scores_before": {k: v for k, v in scores[0].items() if k not in bookkeeping}
+        if run.evaluation.at_start
+        else {},
         "speed": trainer.meter.summary(),
         "parameters": count_parameters(trainer.model),
         "data": dataset.report,
@@ -173,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value, values in YAML syntax")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do, without data or weights")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         run = load_run_config(options.config, [*options.overrides, *(["resume=true"] if options.resume else [])])
         print(run.to_yaml())

@@ -6,16 +6,28 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from perceptiondlm.checkpoints.folder import require_space
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data.batches import POOL, LengthGroupedBatches
+from perceptiondlm.training.data.streaming import StreamOrder
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
-from perceptiondlm.training.modules import parameter_groups
+from perceptiondlm.training.modules import parameter_groups, plain_model
+from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
+
+
+# Settings that a checkpoint's optimizer remembers, and what they are called there.
+GROUP_SETTINGS = {
+    "trainer.learning_rate": ("initial_lr",),
+    "train.learning_rates": ("initial_lr",),
+    "trainer.weight_decay": ("weight_decay",),
+    "trainer.adam_beta1": ("betas",),
+    "trainer.adam_beta2": ("betas",),
+    "trainer.adam_epsilon": ("eps",),
+}
 
 
 class PerceptionDLMTrainer(Trainer):
@@ -23,36 +35,66 @@ class PerceptionDLMTrainer(Trainer):
 
     Args:
         run: the configuration of the run.
+        checkpoint: where it goes on from, if it does.
     """
 
-    def __init__(self, *args, run: RunConfig, **kwargs):
+    def __init__(self, *args, run: RunConfig, checkpoint: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.checkpoint = run, checkpoint
         self.model_accepts_loss_kwargs = True  # the loss is divided by the items of all passes and processes
         self.meter = Meter(self.args.device)
         self.average = None
         if run.train.ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.is_deepspeed_enabled:
                 raise ValueError(
-                    "train.ema_decay needs whole weights on every process: leave it out with FSDP, DeepSpeed"
+                    "train.ema_decay follows fp32 weights, which DeepSpeed hides: use FSDP2 or leave it out"
                 )
             self.average = MovingAverage(self.model, run.train.ema_decay)
             self.add_callback(self.average)
 
+    def create_accelerator_and_postprocess(self):
+        """Under FSDP2 the loss stays in fp32."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            if plugin.fsdp_version != 2:
+                raise ValueError(
+                    f"fsdp_version must be 2, got {plugin.fsdp_version}: see training/accelerate/node_fsdp2.yaml"
+                )
+            plugin.mixed_precision_policy = exact_policy(plugin.mixed_precision_policy)
+
+    def whole_weights(self):
+        """A context in which every process has the whole weights; all processes enter it together."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return whole_weights(self.model, plugin is None or plugin.reshard_after_forward)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """What transformers prepares, but for two things.
+
+        With checkpointing it lets gradients flow into every embedding, hence through a frozen vision tower, in vain.
+        DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there.
+        """
+        model = plain_model(self.model)
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if getattr(model, "_require_grads_hooks", None) and not reentrant:
+            model.disable_input_require_grads()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            GradientGuard(self.model_wrapped, self._require_finite)
+        return prepared
+
+    def _prepare_input(self, data):
+        """Batches keep their precision: the model casts what it computes with, DeepSpeed would cast everything."""
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     # --- data and optimizer -------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self):
-        """A stream deals out its records by itself; everything else is dealt out by accelerate."""
-        if not self.run.data.streaming:
-            return super().get_train_dataloader()
-        self.train_dataset.batch_size = self._train_batch_size if self.run.data.group_by_length else 1
-        settings = {"collate_fn": self.data_collator, "num_workers": self.args.dataloader_num_workers}
-        return DataLoader(self.train_dataset, self._train_batch_size, **settings)
-
     def _get_train_sampler(self, train_dataset=None):
-        """Batches of similar length, or a plain shuffle."""
-        pool = POOL if self.run.data.group_by_length else 1
+        """Batches of similar length, or a plain shuffle; the places of a stream in their order."""
         size, processes = self.args.train_batch_size, self.args.world_size
+        if self.run.data.streaming:
+            return StreamOrder(self.train_dataset, size, processes, self.args.dataloader_num_workers)
+        pool = POOL if self.run.data.group_by_length else 1
         return LengthGroupedBatches(self.train_dataset, size, self.args.seed, processes, pool)
 
     def create_optimizer(self, model=None):
@@ -65,6 +107,20 @@ class PerceptionDLMTrainer(Trainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """A checkpoint brings its rates and decays along: those that `resume_with` changes are the new ones."""
+        before = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = {
+            key for name in self.run.resume_with for key in GROUP_SETTINGS.get(".".join(name.split(".")[:2]), ())
+        }
+        if checkpoint is None or not changed:
+            return
+        for group, given in zip(self.optimizer.param_groups, before, strict=True):
+            group.update({key: given[key] for key in changed})
+        if "initial_lr" in changed:
+            set_rates(self.optimizer, self.lr_scheduler)
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
@@ -79,8 +135,13 @@ class PerceptionDLMTrainer(Trainer):
         return self.accelerator.gather(torch.as_tensor(items, device=device)).sum().clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2."""
-        outputs = model(**inputs, loss_weighting=self.run.loss.weighting, num_items=num_items_in_batch)
+        """Steps 1 to 4 of the model's forward: condition, noise, denoise, equation 2.
+
+        Every parameter takes part in every pass, so that processes which share weights run the same modules, and a step
+        is the same however it is spread: AdamW treats a gradient of zero unlike none.
+        """
+        settings = {"loss_weighting": self.run.loss.weighting, "use_all_parts": True}
+        outputs = model(**inputs, **settings, num_items=num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
@@ -97,7 +158,7 @@ class PerceptionDLMTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm; only fp16's loss scaling may see one that is no number."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and norm is not None:
             self._require_finite("gradient norm", float(norm))
         return norm
 
@@ -105,7 +166,8 @@ class PerceptionDLMTrainer(Trainer):
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {name} is {value} at step {self.state.global_step + 1}. The run stops before weights take it: "
-                "checkpoints up to here are good. Resume with a lower trainer.learning_rate or trainer.max_grad_norm"
+                "checkpoints up to here are good. Go on with a lower rate or less noise in it: --resume "
+                "resume_with='[trainer.learning_rate]' trainer.learning_rate=... (or trainer.max_grad_norm)"
             )
 
     # --- reporting ----------------------------------------------------------------------------------------------------
@@ -135,22 +197,35 @@ class PerceptionDLMTrainer(Trainer):
             raise OSError(f"checkpoint {folder} could not be written, older ones are intact: {error}") from error
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights (of adapters, what trains), two moments of what trains, its moving average."""
-        parameters = list(self.model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        moments = 0 if self.args.save_only_model else 8 * trained
-        weights = sum(p.nbytes for p in parameters if p.requires_grad or self.run.train.lora is None)
-        return weights + moments + (4 * trained if self.average else 0)
+        """Size of a checkpoint of this run."""
+        kind = "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else ""
+        adapters, average = self.run.train.lora is not None, self.average is not None
+        return checkpoint_bytes(self.model.parameters(), kind, self.args.save_only_model, adapters, average)
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.average is not None and self.args.should_save:
-            self.average.save(output_dir or self.args.output_dir)
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Weights as transformers saves them, and their moving average."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None:
+            self.average.save(output_dir or self.args.output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
+
+
+def set_rates(optimizer, schedule) -> None:
+    """Let a schedule go on from where it is with the groups' `initial_lr`."""
+    if not hasattr(schedule, "lr_lambdas"):
+        raise ValueError(f"{type(schedule).__name__} depends on its past: a run with it cannot go on at another rate")
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
@@ -159,8 +234,8 @@ def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
     Where the noise covers whole blocks (`supervise_markers`), a marker and a terminator belong to every answer of a
     region that has slots.
     """
-    supervised_AW, noise_AW = batch["labels"] != -100, batch["answer_noise"]
-    if extra := noise_AW.shape[1] - supervised_AW.shape[1]:
+    supervised_AW, masked_AW = batch["labels"] != -100, batch["answer_masked"]
+    if extra := masked_AW.shape[1] - supervised_AW.shape[1]:
         num_regions = batch["num_regions"]
         targets_B = num_regions.clamp(min=1)
         copies = len(supervised_AW) // int(targets_B.sum())
@@ -168,5 +243,5 @@ def loss_items(batch: dict[str, torch.Tensor], weighting: str) -> torch.Tensor:
         ends_A1 = marked_A[:, None]
         supervised_AW = torch.cat((ends_A1, supervised_AW, ends_A1.expand(-1, extra - 1)), dim=1)
     if weighting == "masked":
-        supervised_AW = supervised_AW & (noise_AW < batch["mask_probability"])
+        supervised_AW = supervised_AW & masked_AW
     return supervised_AW.sum()

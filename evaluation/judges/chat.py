@@ -96,6 +96,13 @@ class ChatJudge(ABC):
         """
         return self._answers(self._prompts(requests))
 
+    def try_out(self, show_image: bool = False) -> None:  # noqa: B027
+        """Find out cheaply whether the judge can be asked at all, before what it judges is made.
+
+        Raises:
+            JudgeError, ValueError: it cannot, and why.
+        """
+
     def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]:
         """Answers to free prompts without images, as a call gives them; messages say `names` for region ids."""
         return self._answers([self._prompt(name, text, None) for name, text in zip(names, texts, strict=True)])

@@ -66,6 +66,10 @@ class TransformersJudge(ChatJudge):
         )
         return loaded.to(self.device).eval()
 
+    def try_out(self, show_image: bool = False) -> None:
+        """Load the tokenizer: the path is right, and it is a chat model's."""
+        _ = self.tokenizer
+
     def _ask(self, prompts: Sequence[Prompt]) -> None:
         for start in tqdm(range(0, len(prompts), self.batch_size), desc="local judge", leave=False):
             batch = prompts[start : start + self.batch_size]

@@ -1,10 +1,11 @@
 """Judges by name: what answers the questions of ``scoring.score_captions``.
 
 ======================  ======================================================================================
-``rules``               reads captions of the drawn world by rule, without a model (``judges_rules.py``)
-``openai:MODEL``        any OpenAI-compatible endpoint, vLLM included (``judges_openai.py``)
-``azure:DEPLOYMENT``    a deployment on Azure (``judges_openai.py``)
-``transformers:PATH``   a local chat model (``judges_transformers.py``)
+``rules``               reads captions of the drawn world by rule, without a model (``rules.py``)
+``openai:MODEL``        any OpenAI-compatible endpoint, vLLM included (``openai.py``)
+``azure:DEPLOYMENT``    a deployment on Azure (``openai.py``)
+``litellm:MODEL``       a model of any provider that LiteLLM knows (``litellm.py``)
+``transformers:PATH``   a local chat model (``local.py``)
 ``replay:FILE``         answers given before
 ======================  ======================================================================================
 
@@ -70,7 +71,8 @@ def make_judge(spec: str, **options: Any) -> Judge:
     """A judge by name; see the module's table.
 
     Args:
-        spec: ``"rules"``, ``"openai:MODEL"``, ``"azure:DEPLOYMENT"``, ``"transformers:PATH"`` or ``"replay:FILE"``.
+        spec: ``"rules"``, ``"openai:MODEL"``, ``"azure:DEPLOYMENT"``, ``"litellm:MODEL"``, ``"transformers:PATH"`` or
+            ``"replay:FILE"``.
         options: keyword arguments of the judge: ``base_url`` for an endpoint, ``api_version`` for Azure; for both and
             for ``transformers``, those of `OpenAIJudge` and `TransformersJudge`, such as ``cache``, ``prices``,
             ``max_tokens``, ``concurrency``, ``requests_per_minute``, ``batch_size``.
@@ -84,12 +86,14 @@ def make_judge(spec: str, **options: Any) -> Judge:
         "rules": SceneJudge,
         "openai": _openai,
         "azure": _azure,
+        "litellm": _litellm,
         "transformers": _transformers,
         "replay": ReplayJudge,
     }
     if kind not in makers:
         raise ValueError(
-            f"judge {spec!r} is none of rules, openai:MODEL, azure:DEPLOYMENT, transformers:PATH, replay:FILE"
+            f"judge {spec!r} is none of rules, openai:MODEL, azure:DEPLOYMENT, litellm:MODEL, transformers:PATH, "
+            "replay:FILE"
         )
     if bool(what) != (kind != "rules"):
         raise ValueError(f"judge {spec!r}: {'nothing follows rules' if what else f'what follows {kind}: is missing'}")
@@ -115,6 +119,12 @@ def _azure(model: str, *, base_url: str | None = None, api_version: str | None =
     from perceptiondlm.evaluation.judges.openai import OpenAIJudge, azure_endpoint
 
     return OpenAIJudge(model, azure_endpoint(model, base_url, api_version), **options)
+
+
+def _litellm(model: str, **options: Any) -> Judge:
+    from perceptiondlm.evaluation.judges.litellm import LiteLLMJudge
+
+    return LiteLLMJudge(model, **options)
 
 
 def _transformers(path: str, **options: Any) -> Judge:

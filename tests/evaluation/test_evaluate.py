@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from judge_server import JudgeServer
 
 from perceptiondlm.drawn.scenes import write_scenes
 from perceptiondlm.evaluation import runner
@@ -239,3 +240,22 @@ def test_wrong_input_is_one_line_and_status_two(arguments, message, tmp_path, mo
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_judge_that_cannot_be_asked_is_found_out_before_captioning(finished, tmp_path, capsys):
+    refused = {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}
+    out = tmp_path / "out"
+    with JudgeServer(stop_after=0, stop_reply=(401, refused)) as server:
+        arguments = ["evaluate", "--dataset", str(finished / "benchmark"), "--judge", "openai:gpt-5.2", "--steps", "4"]
+        arguments += [
+            "--base-url",
+            server.base_url,
+            "--judge-cache",
+            str(tmp_path / "answers.jsonl"),
+            "--out",
+            str(out),
+        ]
+        assert main(arguments) == 2
+        assert server.asked.total() == 1
+    assert "refuses the key in OPENAI_API_KEY" in capsys.readouterr().err
+    assert not list(out.glob("captions*"))

@@ -248,6 +248,122 @@ def test_another_model_or_setting_is_asked_anew(tmp_path):
     assert server.asked.total() == 3
 
 
+class ParticularServer(JudgeServer):
+    """Refuses settings as OpenAI's newer models do.
+
+    Args:
+        refused: names of settings, and what it says of each.
+    """
+
+    def __init__(self, refused, **options):
+        super().__init__(**options)
+        self.refused, self.handler = refused, _ParticularHandler
+
+
+class _ParticularHandler(JudgeServer.handler):
+    def respond(self, body, text):
+        for name, error in self.judge.refused.items():
+            if name in body:
+                self.judge.asked["refused"] += 1
+                self.reply(400, {"error": error})
+                return
+        super().respond(body, text)
+
+
+GPT_5 = {
+    "max_tokens": {
+        "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+        "instead.",
+        "type": "invalid_request_error", "param": "max_tokens", "code": "unsupported_parameter",
+    },
+    "temperature": {
+        "message": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is "
+        "supported.",
+        "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value",
+    },
+    "top_p": {"message": "'top_p' is not supported", "type": "invalid_request_error"},  # no param, no code
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_settings_that_a_model_does_not_take_are_renamed_or_left_out(tmp_path, clean_score, concurrency):
+    with ParticularServer(GPT_5) as server:
+        judge = _judge(server, tmp_path, concurrency=concurrency, max_attempts=1)
+        assert _score(judge) == clean_score
+        assert 3 <= server.asked["refused"] <= 3 * concurrency
+        assert all(body["max_completion_tokens"] == 300 for body in server.bodies)
+        assert not {*GPT_5} & {*server.bodies[-1]}
+        again = _judge(server, tmp_path)
+        assert _score(again) == clean_score
+        assert again.usage.new_answers == 0  # the same settings find their answers
+    assert judge_report(judge)["adapted"] == {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": None}
+    assert "adapted" not in judge_report(again)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "max_tokens is too large: 300", "param": "max_tokens", "code": "invalid_value"},
+        {
+            "message": "'logprobs' is not supported with this model",
+            "param": "logprobs",
+            "code": "unsupported_parameter",
+        },
+        {"message": "This model does not support image inputs", "param": "messages", "code": None},
+    ],
+)
+def test_other_refusals_stop_the_judge(tmp_path, error):
+    with (
+        ParticularServer({"messages": error}) as server,
+        pytest.raises(JudgeError, match=r"refuses the request .*HTTP 400"),
+    ):
+        _judge(server, tmp_path)([_request()])
+    assert server.asked["refused"] == 1
+
+
+def test_trying_out_asks_once_with_or_without_a_picture_and_keeps_nothing(tmp_path):
+    with JudgeServer() as server:
+        judge = _judge(server, tmp_path)
+        judge.try_out()
+        judge.try_out(show_image=True)
+        assert [isinstance(body["messages"][0]["content"], str) for body in server.bodies] == [True, False]
+    assert _num_answers(tmp_path) == 0
+    assert judge.usage.new_answers == 0
+    with (
+        JudgeServer(stop_after=0, stop_reply=(401, {"error": {"message": "no"}})) as server,
+        pytest.raises(JudgeError, match="refuses the key"),
+    ):
+        _judge(server, tmp_path).try_out()
+
+
+def test_another_provider_by_way_of_litellm(tmp_path, clean_score, monkeypatch):
+    pytest.importorskip("litellm", reason="needs the extra litellm")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    options = {"backoff": 0.005, "timeout": 5.0, "max_attempts": 40, "cache": tmp_path / "answers.jsonl"}
+    failures = ("too_many", "broken_server", "truncated_json", "empty_answer", "reset")
+    with JudgeServer(failure_rate=0.2, failures=failures) as server:
+        judge = make_judge("litellm:openai/fake", base_url=server.base_url, concurrency=8, **options)
+        judge.try_out(show_image=True)
+        assert [part["type"] for part in server.bodies[-1]["messages"][0]["content"]][1] == "image_url"
+        server.answered.clear()
+        assert _score(judge) == clean_score
+    assert set(server.answered.values()) == {1}
+    assert _num_answers(tmp_path) == TOTAL
+    options["cache"] = tmp_path / "other.jsonl"
+    with (
+        JudgeServer(stop_after=0, stop_reply=(401, {"error": {"message": "wrong key"}})) as server,
+        pytest.raises(JudgeError, match=r"refuses the key .*wrong key"),
+    ):
+        make_judge("litellm:openai/fake", base_url=server.base_url, **options)([_request()])
+    assert server.asked.total() == 1
+
+
+def test_a_missing_litellm_is_named_with_its_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "litellm", None)
+    with pytest.raises(ImportError, match=r"pip install 'perceptiondlm\[litellm\]'"):
+        make_judge("litellm:openai/fake", cache=tmp_path / "answers.jsonl")
+
+
 def test_azure(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="AZURE_OPENAI_ENDPOINT"):
         make_judge("azure:judge-1", cache=tmp_path / "answers.jsonl")

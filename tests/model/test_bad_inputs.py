@@ -267,7 +267,12 @@ TEXTS = {
     "a word of regions a pass": (process(boxes=[BOX], max_regions_per_pass="2"), ValueError, "at least 1, got '2'"),
 }
 SETTINGS = {
-    "unknown": (generate(num_beams=4, do_sample=True), ValueError, "unknown generate keywords ['do_sample', 'num_b"),
+    "unknown": (generate(beams=4, cfg_scale=2), ValueError, "unknown generate keywords ['beams', 'cfg_scale']"),
+    "not diffusion's": (
+        generate(num_beams=4),
+        ValueError,
+        "num_beams=4 belongs to autoregressive generation; accepted: 1",
+    ),
     "no step": (generate(steps=0), ValueError, "steps must be an integer of at least 1, got 0"),
     "negative steps": (generate(steps=-3), ValueError, "steps must be an integer of at least 1, got -3"),
     "steps as text": (generate(steps="8"), ValueError, "steps must be an integer of at least 1, got '8'"),
@@ -384,7 +389,7 @@ PIPELINE = {
     "empty mask": (pipe(IMAGE, masks=[MASK, EMPTY]), ValueError, "masks[1] is empty"),
     "missing file": (pipe("no/such.jpg", masks=[MASK]), FileNotFoundError, "there is no file no/such.jpg"),
     "text of another type": (pipe(IMAGE, boxes=[BOX], text=7), TypeError, "text must be a string, got int"),
-    "unknown keyword": (pipe(IMAGE, boxes=[BOX], num_beams=2), ValueError, "unknown generate keywords ['num_beams']"),
+    "unknown keyword": (pipe(IMAGE, boxes=[BOX], beams=2), ValueError, "unknown generate keywords ['beams']"),
     "no steps": (pipe(IMAGE, boxes=[BOX], steps=0), ValueError, "steps must be an integer of at least 1, got 0"),
     "batches of 0": (pipe([IMAGE], boxes=[[BOX]], batch_size=0), ValueError, "batch_size must be an integer of at"),
     "batches of -1": (pipe([IMAGE], boxes=[[BOX]], batch_size=-1), ValueError, "at least 1, got -1"),

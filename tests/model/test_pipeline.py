@@ -407,8 +407,8 @@ def test_regions_per_pass_at_construction_and_in_the_call(model, processor, expe
 
 
 def test_an_unknown_setting_of_the_construction_is_refused_by_the_first_call(model, processor):
-    pipe = RegionCaptioningPipeline(model=model, processor=processor, num_beams=2)
-    with pytest.raises(ValueError, match=r"unknown generate keywords \['num_beams'\]"):
+    pipe = RegionCaptioningPipeline(model=model, processor=processor, beams=2)
+    with pytest.raises(ValueError, match=r"unknown generate keywords \['beams'\]"):
         pipe(IMAGES[0], masks=MASKS[0])
 
 

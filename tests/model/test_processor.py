@@ -339,12 +339,12 @@ def test_keywords_of_tokenizers_set_the_length(replay):
     [
         ({"truncation": True, "max_length": 10}, r"row \d has \d+ tokens, max_length is 10.*never truncated"),
         ({"max_length": 10}, "max_length is 10"),
-        ({"padding_side": "left"}, "padding_side='left'.*right"),
+        ({"padding_side": "left"}, "padding_side must be.*'right'.*'left'"),
         ({"padding": False}, r"rows have \[\d+, \d+, \d+\] tokens.*padding=True"),
         ({"padding": "max_length"}, "needs max_length"),
         ({"padding": "left"}, "padding must be one of.*'left'"),
-        ({"add_special_tokens": True}, "add_special_tokens=True.*template"),
-        ({"max_length": 50, "text_kwargs": {"max_length": 60}}, "max_length is 50.*60 in text_kwargs"),
+        ({"add_special_tokens": True}, "add_special_tokens must be.*template.*True"),
+        ({"max_length": 50, "text_kwargs": {"max_length": 60}}, "max_length was passed twice: 50 .*text_kwargs, 60"),
     ],
 )
 def test_keywords_of_tokenizers_that_cannot_be_obeyed_are_refused(keywords, message, replay):

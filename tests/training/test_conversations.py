@@ -1,8 +1,8 @@
-"""Conversation sets: every published shape of a row, answers found by the template, limits, bad rows, streams."""
+"""Conversation sets: every published shape of a row, answers found by the template, limits, bad rows."""
 
 import json
+import random
 import re
-from collections import Counter
 from io import BytesIO
 
 import datasets
@@ -163,7 +163,7 @@ def test_answers_take_whole_multiples_of_slots(build, base, tmp_path):
     assert together["labels"].shape == (2, -(-(tokens + 1) // 8) * 8)
     assert (together["labels"][0, 8:] == -100).all()
     assert torch.equal(together["labels"][:1, :8], alone["labels"])
-    assert torch.equal(together["answer_noise"][:1, :8], alone["answer_noise"])
+    assert torch.equal(together["answer_masked"][:1, :8], alone["answer_masked"])
 
 
 def test_a_batch_has_the_losses_of_its_samples(build, base, tiny_model, tmp_path):
@@ -249,7 +249,7 @@ def test_the_length_limit_cuts_answers_and_never_images(build, base, tmp_path):
     assert (batch["input_ids"] == image_id).sum() == 16
     assert batch["labels"].shape[1] % 8 == 0
     assert room - 8 < batch["input_ids"].shape[1] + batch["labels"].shape[1] <= room
-    assert dataset.lengths == [batch["input_ids"].shape[1] + batch["labels"].shape[1]]
+    assert dataset.lengths.tolist() == [batch["input_ids"].shape[1] + batch["labels"].shape[1]]
     assert (batch["labels"] != base[0].end_of_turn_token_id).all()  # a cut answer does not end
 
 
@@ -275,66 +275,132 @@ def test_markers_models_train_answers_of_their_own_length(tiny_model, tiny_proce
     batch = AnswerCollator.build(data, loss, processor, model.config)([dataset[0], dataset[1]])
     texts = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert texts == ["two<|eot_id|>", "a red one and a blue one<|eot_id|>"]
-    assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
+    assert batch["answer_masked"].shape[1] == batch["labels"].shape[1] + 2
     assert torch.isfinite(model(**batch).loss)
 
 
-def read_stream(dataset, count: int, workers: int = 0) -> list[str]:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
-    iterator = iter(loader)
-    return [next(iterator)["answer"] for _ in range(count)]
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_files_cut_anywhere_are_refused_by_name(build, tmp_path, streaming):
+    write(tmp_path / "a.parquet", [row()] * 5)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for share in (0, 0.01, 0.5, 0.9, 0.999):
+        (tmp_path / "a.parquet").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"a\.parquet is no parquet file, or was cut short"):
+            build({"path": str(tmp_path), "streaming": streaming})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streams_give_every_row_once_per_epoch_to_one_reader(build, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("perceptiondlm.training.data.streaming.POOL", 1)  # in the order of the files
-    names = [f"{word} {number}" for number in range(3) for word in ("red", "blue", "green", "small")]
-    for file in range(3):
-        turns = [[OPENAI[0], {"role": "assistant", "content": name}] for name in names[4 * file : 4 * file + 4]]
-        write(tmp_path / f"{file}.parquet", [row(t, []) for t in turns])
-    source = {"path": str(tmp_path), "streaming": True, "samples": 12}
-    found = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        dataset, collator = build(source)
-        whole = read_stream(dataset, 24, workers)
-        assert read_stream(dataset, 24, workers) == whole
-        found.append(whole)
-        assert collator([next(iter(dataset))])["labels"].shape[0] == 1
-    assert dataset.samples_per_epoch == 12
-    assert set(found[0]) | set(found[1]) == set(names)
-    if not workers:  # three files for two readers: the first epoch is 8 rows of one and 4 of the other
-        assert sorted(found[0][:8] + found[1][:4]) == sorted(names)
+def test_a_set_with_a_damaged_part_is_refused_by_name(build, tmp_path):
+    write(tmp_path / "a.parquet", [row()] * 50)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).data_page_offset
+    content[start : start + 30] = b"\xff" * 30
+    (tmp_path / "a.parquet").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read"):
+        build({"path": str(tmp_path)})
 
 
-def test_streams_group_by_length(build, tmp_path):
-    """Batches hold answers of one length where a plain shuffle mixes them, and nothing is lost."""
-    answers = ["red " * (1 + 12 * (i % 4)) + str(i) for i in range(64)]
-    write(tmp_path / "0.parquet", [row([OPENAI[0], {"role": "assistant", "content": text}], []) for text in answers])
-    mixed = {}
-    for size in (4, 1):
-        dataset, _ = build({"path": str(tmp_path), "streaming": True, "samples": 64})
-        dataset.batch_size = size
-        read = read_stream(dataset, 256)
-        assert Counter(read) == dict.fromkeys(answers, 4)
-        mixed[size] = sum(len(set(map(len, read[i : i + 4]))) > 2 for i in range(0, 256, 4))  # 1 or 2 digits
-    assert mixed[4] < 8 < mixed[1]
+def test_whatever_turns_hold_they_are_good_or_counted(build, tmp_path):
+    """Turns with one value replaced by something else, at any depth."""
+    dice = random.Random(0)
+    junk = [None, True, 3, 1e308, "", "abc", "\ud800", [], {}, [[]], {"a": 1}, "<image>", "<|eot_id|>", 10**30]
+
+    def spoiled(value, depth):
+        if depth == 0 or not isinstance(value, (dict, list)) or not value:
+            return dice.choice(junk)
+        value = value.copy()
+        key = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = spoiled(value[key], depth - 1)
+        return value
+
+    entries = [row(spoiled(dice.choice((QUESTIONS, OPENAI)), dice.randrange(3)) or [0], []) for _ in range(300)]
+    for text in ("[" * 100_000, "{", "\x00", "NaN", ""):
+        entries.append({**row(images=[]), "conversations": text})
+    write(tmp_path / "a.parquet", entries)
+    for turns in ("one", "all", "all_in_one"):
+        dataset, collator = build({"path": str(tmp_path), "turns": turns}, max_bad_share=1.0)
+        assert dataset.report[0]["records"] == 305
+        assert dataset.report[0]["bad"] > 200
+        for index in range(0, len(dataset), 3):
+            collator([dataset[index]])
 
 
-def test_streams_skip_bad_rows_and_stop_when_there_are_many(build, tmp_path):
-    rows = [row([OPENAI[0], {"role": "assistant", "content": f"number {i}"}], []) for i in range(150)]
-    rows[3] = row(images=[b"nothing"])
-    rows = [{**entry, "images": entry["images"] or [png()][:0]} for entry in rows]
-    write(tmp_path / "set" / "0.parquet", rows)
-    source = {"path": str(tmp_path / "set"), "streaming": True, "samples": 150}
-    dataset, _ = build(source, max_bad_share=0.02)
-    answers = read_stream(dataset, 298)  # two epochs
-    assert "number 3" not in answers
-    assert set(answers) == {f"number {i}" for i in range(150) if i != 3}
-    assert [entry["place"] for entry in dataset.report] == ["file 0, row 3"]
-    rows[5] = rows[6] = rows[3]
-    write(tmp_path / "set" / "0.parquet", rows)
-    dataset, _ = build(source)
-    with pytest.raises(ValueError, match=r"of the first \d+ records .*max_bad_share"):
-        read_stream(dataset, 298)
+# --- several turns in one sequence ----------------------------------------------------------------------------------
+
+THREE = [
+    {"from": "human", "value": "<image>\nHow many cats?"},
+    {"from": "gpt", "value": "two"},
+    {"from": "human", "value": "Like <image>?"},
+    {"from": "gpt", "value": "a red one and a blue one"},
+    {"from": "human", "value": "Why?"},
+    {"from": "gpt", "value": "so"},
+]
+
+
+def noised(batch, mask_id: int) -> torch.Tensor:
+    """What the model denoises."""
+    hidden = batch["answer_masked"] & (batch["labels"] != -100)
+    return batch["labels"].masked_fill(hidden, mask_id)
+
+
+def test_turns_of_one_sequence_are_what_each_would_be_alone(build, tiny_model, tmp_path):
+    """Logits of every answer equal those of a sequence that ends with its turn; nobody sees a later turn."""
+    write(tmp_path / "a.parquet", [row(THREE, [png(), png("blue", (90, 40))]), row(OPENAI, [])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all_in_one"})
+    model = tiny_model(region_conditioning="none")
+    batch = collator([dataset[1], dataset[0]])  # padded beside a single turn
+    assert (len(dataset), len(batch["labels"])) == (2, 4)
+    answers = noised(batch, model.config.mask_token_id)
+    with torch.no_grad():
+        together = model(**batch).logits[1:]
+        for turn in range(3):
+            kept = batch["region_ids"][1] <= turn
+            kept &= batch["attention_mask"][1] == 1
+            images = int(batch["tile_grids"].shape[0] if turn else 1)
+            tiles = int(
+                batch["tile_grids"][:images].prod(dim=1).sum() + (batch["tile_grids"][:images].prod(1) > 1).sum()
+            )
+            slots = int((batch["labels"][1 + turn] != -100).sum())
+            alone = model(
+                input_ids=batch["input_ids"][1:, kept],
+                token_roles=batch["token_roles"][1:, kept],
+                region_ids=batch["region_ids"][1:, kept] - turn,  # this turn alone is asked
+                pixel_values=batch["pixel_values"][:tiles],
+                tile_grids=batch["tile_grids"][:images],
+                image_sizes=batch["image_sizes"][:images],
+                answer_ids=answers[1 + turn : 2 + turn, :slots],
+            ).logits[0]
+            torch.testing.assert_close(together[turn, :slots], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_the_first_turn_of_many_is_the_single_turn_of_today(build, tiny_model, tmp_path):
+    write(tmp_path / "0.parquet", [row(THREE, [png(), png("blue", (90, 40))])])
+    many, collator = build({"path": str(tmp_path), "turns": "all_in_one"})
+    single, _ = build({"path": str(tmp_path), "turns": "all"})
+    model = tiny_model(region_conditioning="none")
+    batch, first = collator([many[0]]), collator([single[0]])
+    assert torch.equal(batch["labels"][0, : first["labels"].shape[1]], first["labels"][0])
+    first["mask_probability"], first["answer_masked"] = batch["mask_probability"][:1], batch["answer_masked"][:1, :8]
+    with torch.no_grad():
+        found, expected = model(**batch).logits[0, :8], model(**first).logits[0]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_of_turns_has_the_length_that_was_measured_and_drops_late_turns(build, tmp_path):
+    write(tmp_path / "a.parquet", [row(THREE, [png(), png()])])
+    dataset, collator = build({"path": str(tmp_path), "turns": "all_in_one"}, {"noise_copies": 2})
+    batch = collator([dataset[0]])
+    tokens = batch["input_ids"].shape[1] + int((batch["labels"] != -100).sum())
+    assert dataset.lengths.tolist() == [tokens]
+    report = build({"path": str(tmp_path), "turns": "all"}, {"noise_copies": 2})[0]
+    assert tokens < sum(report.lengths)  # the prompt is paid once
+    shorter, _ = build({"path": str(tmp_path), "turns": "all_in_one"}, {"noise_copies": 2}, max_length=tokens - 1)
+    assert shorter[0]["answers"] == ["two", "a red one and a blue one"]
+    assert shorter.report[0]["too_long"] == 1
+
+
+def test_turns_in_one_sequence_need_isolated_attention(tiny_model, tiny_processor, tmp_path):
+    write(tmp_path / "a.parquet", [row()])
+    model = tiny_model(region_conditioning="none", attention_layout="full")
+    data = DataConfig([SourceConfig("conversations", path=str(tmp_path), turns="all_in_one")])
+    with pytest.raises(ValueError, match="'all_in_one' needs attention_layout 'isolated'"):
+        build_dataset(data, LossConfig(), tiny_processor(model), model.config, tmp_path / "cache")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perceptiondlm.training.data.noise import probability_bits
 from perceptiondlm.training.meter import Meter, sizes
 
 
@@ -12,18 +13,18 @@ def make_batch() -> dict[str, torch.Tensor]:
     labels[4:, 2:] = -100  # the text answer takes two slots
     return {
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-        "num_regions": torch.tensor([2, 0]),
+        "region_ids": torch.tensor([[-1, 0, 0, 1, -1], [-1, -1, -1, -1, -1]]),
         "tile_grids": torch.tensor([[1, 1]]),
         "labels": labels,
-        "mask_probability": torch.tensor([0.1, 0.9, 0.3, 0.7, 0.6, 0.4])[:, None],
+        "mask_probability": probability_bits(torch.tensor([0.1, 0.9, 0.3, 0.7, 0.6, 0.4])[:, None]),
     }
 
 
 def test_sizes_count_tokens_and_the_places_that_padding_leaves():
-    tokens, places, images, rows = sizes(make_batch()).tolist()
+    tokens, places, images, rows, supervised = sizes(make_batch()).tolist()
     assert tokens == 5 + 3 + 4 * 4 + 2 * 2
     assert places == 2 * 5 + 2 * (4 * 4)  # every row has room for the four answers of the first
-    assert (images, rows) == (1, 2)
+    assert (images, rows, supervised) == (1, 2, 20)
 
 
 def test_text_alone_counts_no_images():
@@ -46,6 +47,7 @@ def test_meter_sorts_losses_by_noise_and_adds_up_processes():
     assert report["loss_noise_50-75"] == pytest.approx((5 + 6) / 2)
     assert report["loss_noise_75-100"] == pytest.approx((2 + 3) / 2)
     assert report["tokens_per_second"] == pytest.approx(2 * 28 / 9, rel=0.05)
+    assert report["supervised_share"] == pytest.approx(20 / 28, abs=1e-4)
     assert report["padding_share"] == pytest.approx(1 - 28 / 42, abs=1e-4)
     later = meter.drain(lambda counts: counts)
     assert not any(name.startswith("loss_noise") for name in later)

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from perceptiondlm.checkpoints.folder import export
 from perceptiondlm.drawn.scenes import draw_scene
-from perceptiondlm.training.config import PARTS, LoraConfig, TrainConfig, load_run_config
+from perceptiondlm.training.config import PARTS, QUANTIZED, LoraConfig, TrainConfig, load_run_config
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.modules import count_parameters, parameter_groups, part_of, prepare_parts
 from perceptiondlm.training.train import finish, make_trainer, train
@@ -59,7 +59,7 @@ def region_checkpoint(tiny_model, tiny_processor, tmp_path_factory):
 
 def make_run(base, folder, *overrides: str):
     folder.mkdir(exist_ok=True)
-    path = folder / "run.yaml"
+    path = folder / "config.yaml"
     path.write_text(RUN.format(base=base, folder=folder))
     return load_run_config(path, overrides)
 
@@ -162,6 +162,7 @@ def test_moving_average_follows_its_definition(tiny_model):
     model = tiny_model()
     model.vision_tower.requires_grad_(False)
     average = MovingAverage(model, decay=0.9)
+    average.start()
     weight = model.lm_head.weight
     expected, state = weight.detach().clone(), type("State", (), {"global_step": 0})()
     for step in range(5):
@@ -188,3 +189,77 @@ def test_a_run_finishes_with_its_moving_average(tmp_path, region_checkpoint):
     resumed = make_run(region_checkpoint, tmp_path, "train.ema_decay=0.5", "resume=true")
     with pytest.raises(FileNotFoundError, match="has no moving average"):
         train(resumed)
+
+
+# --- frozen weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tiny_model, tiny_processor, tmp_path_factory):
+    """A region model stored in bf16, as the published ones are, of widths that bitsandbytes takes on CPUs."""
+    folder = tmp_path_factory.mktemp("bf16")
+    model = tiny_model(text_config={"hidden_size": 64, "intermediate_size": 128})
+    export(model, tiny_processor(model, max_tiles=1), folder, torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize("held", ["auto", "8bit", "4bit"])
+def test_frozen_weights_take_less_memory_and_leave_no_trace_in_the_merged_checkpoint(tmp_path, bf16_checkpoint, held):
+    if held in QUANTIZED:
+        pytest.importorskip("bitsandbytes", reason="needs the extra quantization")
+    looked_at = "evaluation={source: {kind: scenes, seed: 2, samples: 1}, steps: 4}"
+    settings = [LORA, f"train.frozen_weights={held}", "trainer.bf16=true", looked_at]
+    counts = count_parameters(AutoModel.from_pretrained(bf16_checkpoint, trust_remote_code=True))
+    run = make_run(bf16_checkpoint, tmp_path, *settings)
+    trainer = make_trainer(run)
+    frozen = {p.dtype for name, p in trainer.model.named_parameters() if ".base_layer." in name}
+    assert frozen == {"auto": {torch.bfloat16}, "8bit": {torch.int8}, "4bit": {torch.uint8}}[held]
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    original = trainer.model.get_base_model().vision_tower.state_dict()
+    assert {value.dtype for value in original.values()} == {torch.bfloat16}
+    assert count_parameters(trainer.model)["vision_tower"]["total"] == counts["vision_tower"]["total"]
+    adapters = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
+    total = count_parameters(trainer.model)["language_model"]["total"]
+    assert total == counts["language_model"]["total"] + adapters
+    trainer.train()
+    finish(run, trainer)
+    before = load_file(bf16_checkpoint / "model.safetensors")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        if part_of(name) == "vision_tower" or "embed_tokens" in name or "norm" in name:
+            assert torch.equal(after[name], value.float()), name
+    adapter = load_file(tmp_path / "final" / "adapter" / "adapter_model.safetensors")
+    name = "language_model.layers.0.mlp.up_proj"
+    low, high = (adapter[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
+    expected = (before[f"{name}.weight"].float() + 2 * high @ low).bfloat16().float()  # alpha / rank = 2
+    assert torch.allclose(after[f"{name}.weight"], expected, rtol=0.01)
+    assert not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"].float())
+    AutoModel.from_pretrained(tmp_path / "final", trust_remote_code=True)
+
+
+def test_frozen_parts_without_adapters_stay_as_they_are_stored(tmp_path, bf16_checkpoint, region_checkpoint):
+    settings = ["train.parts=[projector]", "trainer.bf16=true"]
+    model = make_trainer(make_run(bf16_checkpoint, tmp_path, *settings)).model
+    assert {part_of(name) for name, p in model.named_parameters() if p.dtype == torch.float32} == {"projector"}
+    train(make_run(bf16_checkpoint, tmp_path / "run", *settings))
+    before = load_file(bf16_checkpoint / "model.safetensors")
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    changed = {part_of(name) for name in before if not torch.equal(before[name].float(), after[name])}
+    assert changed == {"projector"}
+    whole = make_trainer(make_run(region_checkpoint, tmp_path / "fp32", *settings)).model
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}  # rounding them would be a loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.frozen_weights=half"], "must be one of"),
+        (["train.frozen_weights=4bit", "trainer.bf16=true"], "add train.lora"),
+        ([LORA, "train.frozen_weights=4bit"], "needs trainer.bf16=true"),
+        ([LORA, "train.frozen_weights=8bit", "trainer.bf16=true", "init_from=null", "preset=8b"], "needs init_from"),
+    ],
+)
+def test_frozen_weights_that_cannot_be_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_run("absent", tmp_path, *settings)

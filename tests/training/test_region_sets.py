@@ -3,7 +3,9 @@
 import base64
 import gzip
 import json
+import random
 import re
+import time
 from io import BytesIO
 
 import numpy as np
@@ -15,7 +17,7 @@ from pycocotools import mask as coco_mask
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_dataset
-from perceptiondlm.training.data.region_sets import deal
+from perceptiondlm.training.data.region_sets import deal, record_spans
 
 
 SIZE = (60, 48)  # width and height
@@ -162,7 +164,7 @@ def test_released_order_takes_answers_along(build, tmp_path):
     assert areas == sorted(areas, reverse=True)
     assert texts == ["a red 1", "a red 0"]  # no end of turn: the model ends every block
     assert len(set(batch["mask_probability"].flatten().tolist())) == 1
-    assert batch["answer_noise"].shape[1] == batch["labels"].shape[1] + 2
+    assert batch["answer_masked"].shape[1] == batch["labels"].shape[1] + 2
 
 
 def test_what_a_sample_adds_to_a_batch_does_not_depend_on_the_others(build, tiny_model, tmp_path):
@@ -189,7 +191,7 @@ BAD_RECORDS = {
     "an empty mask": ({**flat(1), "mask_rles": [EMPTY]}, "is empty"),
     "an empty caption": ({**flat(1), "captions": [" "]}, "caption 0 is empty"),
     "a caption too few": ({**flat(2), "captions": ["a cat"]}, "2 masks for 1 captions"),
-    "a caption that is no text": ({**flat(1), "captions": [3]}, "a caption is 3"),
+    "a caption that is no text": ({**flat(1), "captions": [3]}, "caption 0 is 3"),
     "another size": ({**flat(1), "mask_rles": [{**rle(0), "size": [4, 4]}]}, "4 x 4"),
     "wrong keys": ({"picture": "a.png", "mask": rle(0)}, "mask_rles and captions"),
     "no annotations": ({"image": "a.png", "annotations": None}, "or no masks"),
@@ -227,6 +229,116 @@ def test_files_that_are_missing_or_cut_short_are_refused(build, tmp_path):
         build(tmp_path / "set.json")
 
 
+CUT = (
+    '[{"image": "a.png", "note": "'
+    + 'say \\\\"x\\\\" ' * 20_000
+    + '", "mask_rles": [], "captions": []},\n {"image": "b{"}]'
+)
+
+
+@pytest.mark.parametrize("end", [*range(1, 40, 3), 90_001, 150_000, len(CUT) - 20, len(CUT) - 2, len(CUT) - 1])
+def test_a_json_list_cut_anywhere_is_refused_at_once(tmp_path, end):
+    """In strings, too, and between escapes: time grows with the file alone."""
+    path = tmp_path / "set.json"
+    path.write_text(CUT)
+    assert len(record_spans(path, tmp_path / "cache")) == 2
+    path.write_text(CUT[:end])
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"set\.json (ends inside|does not start|holds)"):
+        record_spans(path, tmp_path / "cache")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95, 0.999])
+def test_files_cut_anywhere_never_give_other_records(build, tmp_path, suffix, share):
+    path = tmp_path / f"set{suffix}"
+    write(path, [flat(i % 3 + 1) for i in range(40)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    if suffix.endswith(".gz"):
+        with pytest.raises(ValueError, match=re.escape(path.name)):
+            build(path)
+        return
+    dataset, _ = build(path, max_bad_share=1.0)
+    report = dataset.report[0]
+    assert report["bad"] == 1  # the line in which the file ends
+    assert [len(dataset[i]["masks"]) for i in range(len(dataset))] == [i % 3 + 1 for i in range(report["records"] - 1)]
+
+
+def test_lists_may_begin_with_a_byte_order_mark_and_suffixes_be_upper_case(build, tmp_path):
+    write(tmp_path / "set.json", [flat(1), flat(2)])
+    (tmp_path / "SET.JSON").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "set.json").read_bytes())
+    dataset, _ = build(tmp_path / "SET.JSON")
+    assert (dataset.report[0]["bad"], len(dataset)) == (0, 2)
+
+
+BAD_REGIONS = {
+    "text for a mask": ("abc", "accepted: RLE"),
+    "a path for a mask": ("a.png", "accepted: RLE"),
+    "null": (None, "mask 1 is None"),
+    "a number": (7, "mask 1 is 7"),
+    "an empty mask": (EMPTY, "is empty"),
+    "another size": ({**rle(0), "size": [4, 4]}, "4 x 4"),
+    "no counts": ({"size": [48, 60]}, "counts"),
+    "counts that are no counts": ({"size": [48, 60], "counts": {"a": 1}}, "counts"),
+    "an empty list": ([], "mask"),
+    "nonsense in lists": ([["x"]], "mask"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REGIONS)
+def test_a_bad_mask_costs_that_mask_alone(build, tmp_path, kind):
+    mask, message = BAD_REGIONS[kind]
+    record = flat(28)
+    record["mask_rles"][1] = mask
+    write(tmp_path / "set.jsonl", [flat(2), record])
+    dataset, collator = build(tmp_path / "set.jsonl")
+    report = dataset.report[0]
+    assert (report["bad"], report["bad_regions"]) == (0, 1)
+    (text,) = report["bad_region_records"]
+    assert text.startswith(f"{tmp_path / 'set.jsonl'}, record 1, region 1: ")
+    assert re.search(message, text)
+    captions = sorted(caption for i in range(1, len(dataset)) for caption in dataset[i]["captions"])
+    assert captions == sorted(f"a red {i}" for i in range(28) if i != 1)
+    for index in range(len(dataset)):
+        assert len(collator([dataset[index]])["region_boxes"]) == len(dataset[index]["captions"])
+
+
+def test_a_bad_caption_costs_that_region_alone(build, tmp_path):
+    record = flat(3)
+    record["captions"] = ["a red 0", "half \ud800", "<|mdm_mask|>"]
+    items = {"image": "a.png", "annotations": [*annotated(2)["annotations"], 5]}
+    write(tmp_path / "set.jsonl", [record, items])
+    dataset, _ = build(tmp_path / "set.jsonl")
+    assert [sorted(dataset[i]["captions"]) for i in range(2)] == [["a red 0"], ["a red 0", "a red 1"]]
+    assert [text.rpartition("region ")[2][0] for text in dataset.report[0]["bad_region_records"]] == ["1", "2", "2"]
+
+
+def test_whatever_a_record_holds_it_is_good_or_counted(build, tmp_path):
+    """Records with one value replaced by something else, at any depth."""
+    dice = random.Random(0)
+    junk = [None, True, 3, -1, 1e308, "", "abc", "\ud800", [], {}, [[]], {"a": 1}, [1, 2], "data:;base64,AAAA", 10**30]
+
+    def spoiled(value, depth):
+        if depth == 0 or not isinstance(value, (dict, list)) or not value:
+            return dice.choice(junk)
+        key = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = spoiled(value[key], depth - 1)
+        return value
+
+    records = [spoiled(dice.choice((flat, annotated))(2), dice.randrange(5)) for _ in range(400)]
+    lines = [json.dumps(record) for record in records] + ["[" * 100_000, '{"a": ' * 100_000, "{", "\x00", "NaN"]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    dataset, collator = build(tmp_path / "set.jsonl", max_bad_share=1.0)
+    report = dataset.report[0]
+    assert report["records"] == len(lines)
+    assert report["bad"] > 100
+    assert report["bad_regions"] > 20
+    for index in range(0, len(dataset), 5):
+        collator([dataset[index]])
+
+
 def test_long_captions_are_cut_and_crowded_images_left_out(build, tmp_path):
     records = [flat(1), flat(3)]
     records[0]["captions"] = ["a large striped red house with a blue roof and a green door"]
@@ -234,7 +346,7 @@ def test_long_captions_are_cut_and_crowded_images_left_out(build, tmp_path):
     dataset, collator = build(tmp_path / "set.jsonl")
     marked = [8 + 1, 3 * (8 + 1)]  # slots and marker of every caption
     lengths = [collator([dataset[i]])["input_ids"].shape[1] + marked[i] for i in range(2)]
-    assert dataset.lengths == lengths
+    assert dataset.lengths.tolist() == lengths
     dataset, collator = build(tmp_path / "set.jsonl", max_length=lengths[1] - 1)
     assert (dataset.report[0]["cut"], dataset.report[0]["too_long"], len(dataset)) == (1, 1, 1)
     batch = collator([dataset[0]])

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,39 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from miniature_runs import ROOT, command, launch, log_of, losses, miniature, weights, write_miniature
 from PIL import Image
 from pycocotools import mask as coco_mask
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, Trainer
 
 from perceptiondlm.checkpoints.folder import export, newest_checkpoint
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.training.config import PARTS, load_run_config
+from perceptiondlm.training.data.noise import probability
 from perceptiondlm.training.modules import part_of
 from perceptiondlm.training.train import main, make_trainer, train
 from perceptiondlm.training.trainer import loss_items
 
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
-
-# A run of seconds: the recipe of the embedded default with everything small, and 11 samples, an odd number.
-MINIATURE = """
-export_dir: {folder}/final
-tokenizer: {{vocab_size: 512, scenes: 20}}
-data: {{sources: [{{kind: scenes, seed: 1, samples: 11, conversation_share: 0.3}}]}}
-loss: {{num_slots: 32, noise_copies: 2, weighting: masked}}
-evaluation: {{source: {{kind: scenes, seed: 2, samples: 1}}, steps: 0}}
-processor: {{max_tiles: 1}}
-model:
-  vision_feature_layer: -1
-  vision_config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-    image_size: 64, patch_size: 16, vision_use_head: false}}
-  text_config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-    num_key_value_heads: 2, max_position_embeddings: 512}}
-trainer: {{output_dir: {folder}, max_steps: 9, per_device_train_batch_size: 2, gradient_accumulation_steps: 2,
-  learning_rate: 0.003, use_cpu: true, logging_steps: 1, save_steps: 3, seed: 0, disable_tqdm: true}}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -58,41 +39,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_miniature(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "miniature.yaml"
-    path.write_text(MINIATURE.format(folder=folder))
-    return path
-
-
-def miniature(folder: Path, *overrides: str):
-    return load_run_config(write_miniature(folder), overrides)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """Run `accelerate launch` to its end, one thread per process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "training_log.json").read_text())["log"]
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in log_of(folder) if "loss" in row]
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -152,8 +98,8 @@ def test_loss_by_noise_level_averages_to_the_loss(tmp_path):
     loss = trainer.training_step(trainer.model, batch, trainer._get_num_items_in_batch([batch], torch.device("cpu")))
     totals, counts = seen["levels"]
     assert float(totals.sum() / counts.sum()) == pytest.approx(float(loss), rel=1e-5)
-    quarter = (batch["mask_probability"] * 4).long().clamp(max=3)
-    supervised = (batch["labels"] != -100) & (batch["answer_noise"] < batch["mask_probability"])
+    quarter = (probability(batch["mask_probability"]) * 4).long().clamp(max=3)
+    supervised = (batch["labels"] != -100) & batch["answer_masked"]
     assert counts.tolist() == [int(supervised[quarter[:, 0] == level].sum()) for level in range(4)]
 
 
@@ -176,6 +122,17 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     plain, checkpointed = (weights(tmp_path / name / "final") for name in ("plain", "checkpointed"))
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-3) for name in plain)
     assert losses(tmp_path / "plain" / "final") == pytest.approx(losses(tmp_path / "checkpointed" / "final"), abs=1e-5)
+
+
+def test_checkpointing_leaves_a_frozen_vision_tower_without_gradients(tmp_path):
+    """transformers would let gradients flow through it, which cost its backward pass and its activations."""
+    settings = ["train.parts=[projector, language_model]", "trainer.gradient_checkpointing=true", "trainer.max_steps=1"]
+    trainer = make_trainer(miniature(tmp_path, *settings))
+    seen = []
+    trainer.model.vision_tower.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    trainer.train()
+    assert seen
+    assert not any(seen)
 
 
 # --- interruption and distribution ----------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import torch
 
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.training.config import load_run_config
-from perceptiondlm.training.data.batches import LengthGroupedBatches, grouped_batches, padding_report, padding_share
+from perceptiondlm.training.data.batches import LengthGroupedBatches, grouped_order, padding_report, padding_share
 from perceptiondlm.training.data.collator import AnswerCollator
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_dataset
-from perceptiondlm.training.data.noise import stratified_noise
+from perceptiondlm.training.data.noise import probability, stratified_noise
 from perceptiondlm.training.train import trainer_arguments
 
 
@@ -70,7 +70,7 @@ def random_lengths(count: int) -> list[int]:
         ({"kind": "conversations", "path": "x", "hub": "a/b"}, "got path and hub"),
         ({"kind": "scenes", "samples": 2, "path": "x"}, "neither path nor hub"),
         ({"kind": "scenes"}, "no end: set sources.samples"),
-        ({"kind": "conversations", "hub": "a/b", "streaming": True}, "no end: set sources.samples"),
+        ({"kind": "conversations", "hub": "a/b", "streaming": True, "turns": "all"}, "a row of a stream is one sample"),
         ({"kind": "regions", "path": "x", "samples": 1, "streaming": True}, "streaming is for"),
         ({"kind": "regions", "path": "x", "samples": 0}, "at least 1"),
         ({"kind": "conversations", "path": "x", "turns": "last"}, "sources.turns must be one of"),
@@ -124,11 +124,11 @@ def test_the_embedded_recipe_still_makes_the_batches_it_was_trained_on(tiny_mode
         indices = list(order)
         digest.update(np.array(indices).tobytes())
         batch = collator([dataset[index] for index in indices[:8]])
-        for name in ("input_ids", "labels", "region_boxes", "mask_probability", "answer_noise"):
+        for name in ("input_ids", "labels", "region_boxes", "mask_probability", "answer_masked"):
             digest.update(batch[name].numpy().tobytes())
         normalised = (batch["pixel_values"].float() / 255 - 0.5) / 0.5
         digest.update((normalised * 127.5).round().to(torch.int16).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "9c6a323989806130"
+    assert digest.hexdigest()[:16] == "5f701eb7eb4565d0"
 
 
 # --- mixtures -----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_counts_take_a_fixed_subset_or_repeat(tmp_path, build):
 
     def records(samples=None, seed=0):
         dataset, _ = build([{"kind": "regions", "path": str(path), "samples": samples}], seed=seed)
-        return [tuple(row[1:3]) for row in dataset.samples.tolist()]
+        return [dataset.locate(index)[1:3] for index in range(len(dataset))]
 
     assert records() == [(i, 0) for i in range(10)]
     assert len(set(records(4))) == 4
@@ -170,7 +170,7 @@ def test_repeats_of_a_record_have_noise_of_their_own(build, tmp_path):
     path.write_text(json.dumps(record))
     draw_scene(0, 0).image.resize((8, 8)).save(tmp_path / "a.png")
     dataset, collator = build([{"kind": "regions", "path": str(path), "samples": 3}])
-    noise = collator([dataset[i] for i in range(3)])["answer_noise"]
+    noise = collator([dataset[i] for i in range(3)])["answer_masked"]
     assert len(noise) == 6
     assert len({tuple(row) for row in noise[::2].tolist()}) == 3
 
@@ -178,10 +178,10 @@ def test_repeats_of_a_record_have_noise_of_their_own(build, tmp_path):
 def test_a_survey_is_made_once_and_made_anew_for_other_settings(build, tmp_path):
     sources = [{"kind": "scenes", "samples": 4}]
     first, _ = build(sources)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
     again, _ = build(sources)
     assert list(again.lengths) == list(first.lengths)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")} == files
     other, _ = build(sources, {"num_slots": 16})
     assert list(other.lengths) != list(first.lengths)
 
@@ -202,8 +202,9 @@ def test_length_grouping_wastes_less_and_loses_nothing():
 
 
 def test_padding_share_is_what_padding_takes():
-    assert padding_share([4, 2, 3, 3], [[0, 1], [2, 3]]) == pytest.approx(2 / 14)
-    assert padding_share([5, 5], [[0, 1]]) == 0
+    assert padding_share([4, 2, 3, 3], np.arange(4), 2) == pytest.approx(2 / 14)
+    assert padding_share([4, 2, 3], np.arange(3), 2) == pytest.approx(2 / 11)
+    assert padding_share([5, 5], np.arange(2), 2) == 0
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 103])
@@ -224,7 +225,7 @@ def test_processes_share_the_batches_of_one(count, world_size):
 def test_two_real_processes_lose_and_repeat_nothing(tmp_path):
     """23 samples in batches of 4 on two processes, three epochs, the last one resumed in the middle."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, str(ROOT / "tests" / "deal_samples.py"), str(tmp_path)]
+    command = [*launch, str(ROOT / "tests" / "training" / "deal_samples.py"), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     (world, first), (_, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -309,9 +310,8 @@ def test_loss_is_equation_2_spelled_out(build, tiny_model):
                 prompt = collator.processor(images=sample["image"], masks=[mask])
                 for _ in range(2):  # antithetic copies
                     clean = [int(token) for token in batch["labels"][row] if token != -100]
-                    p = float(batch["mask_probability"][row])
-                    draws = batch["answer_noise"][row].tolist()
-                    hidden = [draws[i] < p for i in range(len(clean))]
+                    p = float(probability(batch["mask_probability"])[row])
+                    hidden = batch["answer_masked"][row].tolist()[: len(clean)]
                     noised = [model.config.mask_token_id if h else x for h, x in zip(hidden, clean, strict=True)]
                     scores = model(**prompt, answer_ids=torch.tensor([noised])).logits[0].double()
                     for i, token in enumerate(clean):
@@ -324,7 +324,7 @@ def test_loss_is_equation_2_spelled_out(build, tiny_model):
 
 
 def test_grouping_off_is_a_plain_shuffle():
-    batches = grouped_batches(random_lengths(40), 4, 1, 0)
-    assert sorted(index for batch in batches for index in batch) == list(range(40))
+    order = grouped_order(random_lengths(40), 4, 1, 0)
+    assert sorted(order) == list(range(40)) != list(order)
     report = padding_report(Lengths(random_lengths(400)), 4, 0, pool=1)
     assert report["padding_share_grouped"] == report["padding_share_shuffled"]

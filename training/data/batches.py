@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -14,8 +15,10 @@ POOL = 50  # batches that are sorted together when they are grouped by length
 class SizedSamples(Protocol):
     """A dataset in random access that knows its samples' lengths and its epoch, such as `MixtureDataset`."""
 
-    lengths: Sequence[int]
     epoch: int
+
+    @property
+    def lengths(self) -> Sequence[int] | np.ndarray: ...
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -49,37 +52,41 @@ class LengthGroupedBatches(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         dice = random.Random(f"{self.seed}/{self.dataset.epoch}").getrandbits(62)
-        batches = grouped_batches(self.dataset.lengths, self.batch_size, self.pool, dice)
-        order = [index for batch in batches for index in batch]
-        return iter(order + [~order[k % len(order)] for k in range(len(self) - len(order))])
+        order = grouped_order(self.dataset.lengths, self.batch_size, self.pool, dice)
+        yield from map(int, order)
+        yield from (~int(order[k % len(order)]) for k in range(len(self) - len(order)))
 
 
-def grouped_batches(lengths: Sequence[int], batch_size: int, pool: int, seed: int) -> list[list[int]]:
-    """Indices of all samples in batches of similar length, in random order; a short batch comes last."""
+def grouped_order(lengths: Sequence[int] | np.ndarray, batch_size: int, pool: int, seed: int) -> np.ndarray:
+    """Indices of all samples, int64, every `batch_size` of them of similar length, batches in random order.
+
+    A short batch comes last.
+    """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator).numpy()
     size = pool * batch_size
-    batches = []
-    for start in range(0, len(order), size):
-        together = order[start : start + size]
-        if pool > 1:
-            together.sort(key=lambda index: lengths[index])
-        batches += [together[i : i + batch_size] for i in range(0, len(together), batch_size)]
-    full = [batch for batch in batches if len(batch) == batch_size]
-    short = [batch for batch in batches if len(batch) < batch_size]
-    return [full[i] for i in torch.randperm(len(full), generator=generator).tolist()] + short
+    if pool > 1:
+        lengths = np.asarray(lengths)
+        for start in range(0, len(order), size):
+            together = order[start : start + size]
+            together[:] = together[np.argsort(lengths[together], kind="stable")]
+    full = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    full[:] = full[torch.randperm(len(full), generator=generator).numpy()]
+    return order
 
 
-def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of a padded batch's tokens that are padding, over all batches, in [0, 1)."""
-    used = sum(lengths[index] for batch in batches for index in batch)
-    taken = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - used / taken
+def padding_share(lengths: Sequence[int] | np.ndarray, order: np.ndarray, batch_size: int) -> float:
+    """Share of a padded batch's tokens that are padding, over all batches of an order, in [0, 1)."""
+    sorted_lengths = np.asarray(lengths)[order]
+    starts = np.arange(0, len(order), batch_size)
+    sizes = np.diff(np.append(starts, len(order)))
+    return 1 - float(sorted_lengths.sum() / (np.maximum.reduceat(sorted_lengths, starts) * sizes).sum())
 
 
 def padding_report(dataset: SizedSamples, batch_size: int, seed: int, pool: int = POOL) -> dict[str, float]:
     """Padding share of an epoch with and without length grouping, for a run's summary."""
+    lengths = dataset.lengths
     return {
-        name: padding_share(dataset.lengths, grouped_batches(dataset.lengths, batch_size, size, seed))
+        name: padding_share(lengths, grouped_order(lengths, batch_size, size, seed), batch_size)
         for name, size in (("padding_share_grouped", pool), ("padding_share_shuffled", 1))
     }

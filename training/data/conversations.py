@@ -5,7 +5,6 @@ Columns are `conversations`, a list of turns (or that list as JSON) `{"from": "h
 structs of `bytes` and `path`, or paths. `<image>` in a user's turn says where an image stands.
 """
 
-import glob
 import json
 import random
 from bisect import bisect_right
@@ -16,21 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from perceptiondlm.prompting_perceptiondlm import END_OF_TURN, IMAGE_TOKEN
+from perceptiondlm.training.data.bad_records import BadRecord
+from perceptiondlm.training.data.columns import file_content
 from perceptiondlm.training.data.data_config import SourceConfig
-from perceptiondlm.training.data.sources import (
-    AnswerFormat,
-    BadRecord,
-    Measured,
-    Source,
-    file_state,
-    image_root,
-    open_image,
-)
+from perceptiondlm.training.data.parquet_rows import parquet_files, row_groups
+from perceptiondlm.training.data.sources import AnswerFormat, Measured, Source, image_root, open_image
 
 
 PLACEHOLDER = "<image>"
@@ -49,18 +43,22 @@ class Turn:
 class ConversationSource(Source):
     """Rows of a conversation set in random access. Of a row's answers one is drawn per epoch, or each is a sample."""
 
-    def __init__(self, config: SourceConfig, answers: AnswerFormat, key: str):
+    def __init__(self, config: SourceConfig, answers: AnswerFormat, key: str, cache_dir: Path):
         self.config, self.answers, self.key = config, answers, key
         self.files = parquet_files(config.path) if config.path else []
+        self.ends: list[int] = []
+        if self.files:
+            groups = row_groups(self.files, cache_dir)
+            counts = (int(groups.rows[groups.file == file].sum()) for file in range(len(self.files)))
+            self.ends = list(accumulate(counts))
         self.rows = load_rows(config, self.files)
-        self.ends = list(accumulate(pq.read_metadata(file).num_rows for file in self.files))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def fingerprint(self) -> Sequence[Any]:
-        return [self.key, len(self), *map(file_state, self.files)]
+        return [self.key, len(self), *map(file_content, self.files)]
 
     def place(self, record: int) -> str:
         if not self.files:
@@ -75,21 +73,19 @@ class ConversationSource(Source):
         return row_sample(self.rows[record], unit, seed, self.config, self.answers)
 
 
-def parquet_files(path: str) -> list[str]:
-    """The parquet files of a folder (in its subfolders, too), a glob, or a file, in order of their names."""
-    pattern = str(Path(path) / "**" / "*.parquet") if Path(path).is_dir() else path
-    files = sorted(glob.glob(pattern, recursive=True))
-    if not files:
-        raise FileNotFoundError(f"no parquet files at {path}; accepted: a folder, a glob or a file")
-    return files
+def load_rows(config: SourceConfig, files: list[str]) -> datasets.Dataset:
+    """The set as `datasets` loads it, images left encoded.
 
-
-def load_rows(config: SourceConfig, files: list[str]) -> Any:
-    """The set as `datasets` loads it (a `Dataset`, or an `IterableDataset` when streaming), images left encoded."""
-    if files:
-        rows = datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=config.streaming)
-    else:
-        rows = datasets.load_dataset(config.hub, config.subset, split=config.split, streaming=config.streaming)
+    Raises:
+        ValueError: naming the set when a file of it cannot be read, or lacks the columns.
+    """
+    try:
+        if files:
+            rows = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+        else:
+            rows = datasets.load_dataset(config.hub, config.subset, split=config.split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{config.name} cannot be read: {error.__cause__ or error}") from error
     columns = rows.column_names or []
     if "conversations" not in columns:
         raise ValueError(f"{config.name} has the columns {columns}; accepted: conversations and, if any, images")
@@ -104,6 +100,8 @@ def measure_row(row: dict[str, Any], config: SourceConfig, answers: AnswerFormat
     """Read a row as training will and measure its samples."""
     images, turns = read_row(row, config, answers)
     lengths = prompt_lengths(images, turns, answers)
+    if config.turns == "all_in_one":
+        return measure_turns(turns, lengths, answers)
     rooms = [answers.room(length) for length in lengths]
     fitting = sum(room > 0 for room in rooms)
     slots = [min(answers.slots(turn.answer)[0], room) for turn, room in zip(turns, rooms, strict=True)]
@@ -117,11 +115,49 @@ def measure_row(row: dict[str, Any], config: SourceConfig, answers: AnswerFormat
 def row_sample(row: dict[str, Any], unit: int, seed: str, config: SourceConfig, answers: AnswerFormat) -> dict:
     """Answer `unit` of a row, or, with `turns: one`, an answer drawn by the seed out of those that fit."""
     images, turns = read_row(row, config, answers)
+    if config.turns == "all_in_one":
+        lengths = prompt_lengths(images, turns, answers)
+        return turns_sample(images, turns[: fitting_turns(turns, lengths, answers)])
     if config.turns == "one":
         lengths = prompt_lengths(images, turns, answers)
         unit = random.Random(f"turn/{seed}").randrange(sum(answers.room(length) > 0 for length in lengths))
     turn = turns[unit]
     return {"images": images[: turn.num_images], "prompt": turn.prompt, "answer": turn.answer}
+
+
+def fitting_turns(turns: list[Turn], lengths: list[int], answers: AnswerFormat) -> int:
+    """How many turns of a row, from the first, fit in one sequence. The first may be cut to fit."""
+    tokens = 0
+    for number, (turn, length) in enumerate(zip(turns, lengths, strict=True)):
+        tokens += answers.copies * answers.slots(turn.answer)[0]
+        if length + tokens > answers.max_length:
+            return number or int(answers.room(length) > 0)
+    return len(turns)
+
+
+def measure_turns(turns: list[Turn], lengths: list[int], answers: AnswerFormat) -> Measured:
+    """A row whose turns share one sequence."""
+    count = fitting_turns(turns, lengths, answers)
+    if count == 0:
+        return Measured([], len(turns))
+    slots, cut = zip(*(answers.slots(turn.answer) for turn in turns[:count]), strict=True)
+    if count == 1:
+        room = answers.room(lengths[0])
+        slots, cut = (min(slots[0], room),), (answers.num_tokens(turns[0].answer) > room,)
+    return Measured([lengths[count - 1] + answers.copies * sum(slots)], len(turns) - count, sum(cut))
+
+
+def turns_sample(images: list[Image.Image], turns: list[Turn]) -> dict[str, Any]:
+    """Turns of a row in one sequence: each with the piece of the prompt, and the images, that the one before lacks."""
+    before = [Turn("", "", 0), *turns]
+    pieces = [turn.prompt[len(last.prompt) :] for last, turn in zip(before, turns, strict=False)]
+    groups = [images[last.num_images : turn.num_images] for last, turn in zip(before, turns, strict=False)]
+    return {"turn_images": groups, "turn_prompts": pieces, "answers": [turn.answer for turn in turns]}
+
+
+def filler() -> dict[str, Any]:
+    """A sample without anything to learn."""
+    return {"images": [], "prompt": ".", "answer": ".", "noise_seed": "filler", "coarse": False, "filler": True}
 
 
 def prompt_lengths(images: list[Image.Image], turns: list[Turn], answers: AnswerFormat) -> list[int]:
@@ -134,6 +170,8 @@ def read_row(row: dict[str, Any], config: SourceConfig, answers: AnswerFormat) -
     """Images and answers of a row, all checked; raises `BadRecord`."""
     root = image_root(config)
     values = row.get("images") or []
+    if not isinstance(values, list):
+        raise BadRecord(f"images is a {type(values).__name__}; accepted: a list")
     messages = read_messages(row["conversations"], answers)
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
     if places != len(values):
@@ -149,7 +187,7 @@ def read_messages(value: Any, answers: AnswerFormat) -> list[dict[str, Any]]:
         pairs = [(_first(turn, "from", "role"), _first(turn, "value", "content")) for turn in turns]
         roles = [ROLES.get(name, name) for name, _ in pairs]
         contents = [read_content(text, role) for role, (_, text) in zip(roles, pairs, strict=True)]
-    except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+    except (json.JSONDecodeError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise BadRecord(f"conversations cannot be read ({type(error).__name__}: {error})") from error
     for index, (_, text) in enumerate(pairs):
         answers.check_text(text, f"turn {index}")

@@ -6,15 +6,15 @@ The data they describe is built by two calls::
     collator = AnswerCollator.build(run.data, run.loss, processor, model.config)        # training.collator
 
 `dataset` is a map-style `MixtureDataset` (`set_epoch`, `epoch`, `len`, `lengths` of every sample in tokens, `report`
-for the run's summary), to be read in the order of `LengthGroupedBatches` (training.sampling). When its sources stream
-it is an endless `StreamingDataset`, of which `samples_per_epoch` make an epoch.
+for the run's summary), to be read in the order of `LengthGroupedBatches` (batches.py). When its sources stream it is a
+`StreamingDataset`, to be read in the order of `StreamOrder` (streaming.py).
 """
 
 from dataclasses import dataclass, field
 
 
 SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions")
-TURNS = ("one", "all")
+TURNS = ("one", "all", "all_in_one")
 NOISE_LEVELS = ("region", "sample")
 WEIGHTINGS = ("elbo", "masked", "released")
 
@@ -29,11 +29,13 @@ class SourceConfig:
         path: of a file, a folder or a glob, for sets on disk.
         hub: id of a conversation set on the Hugging Face Hub, instead of `path`; `subset` and `split` choose its part.
         samples: records (rows, images, scenes) an epoch takes: fewer than the set holds are a fixed random subset,
-            more repeat it. Default: every record once. Drawn and streamed sources have no end and need it.
-        streaming: read `conversations` from front to back instead of by row (sets too large to read over first).
+            more repeat it. Default: every record once. Drawn sources have no end and need it. Epochs of a stream that
+            take less than the set go on where the one before stopped, so that rows are repeated only after all.
+        streaming: read the parquet files of `conversations` from front to back (sets too large to look through first).
         image_root: folder that the image paths of a set are relative to; default: the folder of its file.
-        turns: of a conversation, `one` turn drawn per epoch, or `all` turns, each a sample; earlier turns are context.
-            An epoch of a stream is as many samples as `samples`, hence every row once with `one` turn alone.
+        turns: of a conversation, `one` turn drawn per epoch; `all` turns, each a sample; or `all_in_one`, all turns of
+            a row in one sequence, whose prompt is paid once (layout `isolated`). Earlier turns are context. A row of a
+            stream is one sample, so that `all` is not for streams.
         seed: of the drawn world.
         conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
 
@@ -67,8 +69,12 @@ class SourceConfig:
             raise ValueError(f"a source of kind {self.kind!r} needs {needed}, got {given or 'neither'}")
         if self.streaming and self.kind != "conversations":
             raise ValueError(f"streaming is for sources of kind 'conversations', got kind {self.kind!r}")
-        if self.samples is None and (self.is_drawn or self.streaming):
-            raise ValueError(f"{'a drawn' if self.is_drawn else 'a streamed'} source has no end: set sources.samples")
+        if self.streaming and self.turns == "all":
+            raise ValueError(
+                "a row of a stream is one sample: set sources.turns to 'one' or 'all_in_one', or streaming to false"
+            )
+        if self.samples is None and self.is_drawn:
+            raise ValueError("a drawn source has no end: set sources.samples")
 
     @property
     def is_drawn(self) -> bool:
@@ -94,8 +100,10 @@ class DataConfig:
         seed: decides subsets, dealing of masks, drawn turns and prompt ids, and noise.
         max_length: tokens of a sequence, answers included. Image tokens are never cut: answers are (whole slots), and
             what leaves no room for an answer is left out and counted as too long.
-        max_bad_share: share of unreadable records above which the run stops.
+        max_bad_share: share of unreadable records of a source above which the run stops.
         group_by_length: whether a batch holds samples of similar length.
+        prepared: folder where `perceptiondlm prepare` leaves what it finds, and training looks for it; default: the
+            run's `trainer.output_dir`.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -103,6 +111,7 @@ class DataConfig:
     max_length: int = 4096
     max_bad_share: float = 0.01
     group_by_length: bool = True
+    prepared: str | None = None
     coarse_epochs: int = 0
     coarse_slots: int | None = None
 
@@ -112,7 +121,7 @@ class DataConfig:
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share must be in [0, 1], got {self.max_bad_share}")
         if len({source.streaming for source in self.sources}) > 1:
-            raise ValueError("either all data.sources stream or none: a stream has no positions to mix by")
+            raise ValueError("either all data.sources stream or none: they are read in different orders")
 
     @property
     def streaming(self) -> bool:

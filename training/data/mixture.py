@@ -1,77 +1,86 @@
 """A run's training data in random access: sources mixed by sample counts, looked through once before the run.
 
-The look (`survey`) reads every record that the run will see just as training does. It finds the length of every
-sample, and the records that cannot be used: these are logged with file and row, counted and left out, and too many stop
-the run before it starts. Its result is kept on disk, so a resumed run starts at once. A record that turns unreadable
-later stops the run; nothing is ever replaced by another record.
+The look (survey.py) finds the length of every sample, and the records that cannot be used: these are named with file
+and row, counted and left out, and too many stop the run before it starts. Its result is kept on disk, so a resumed run
+starts at once. A record that turns unreadable later stops the run; nothing is ever replaced by another record.
 """
 
 import hashlib
-import json
-import logging
-import os
 import random
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from multiprocessing import get_context
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.training.data.bad_records import COUNTS, BadRecord
 from perceptiondlm.training.data.conversations import ConversationSource
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.processes import Peers, local_cores, of_everyone
 from perceptiondlm.training.data.region_sets import RegionSource
 from perceptiondlm.training.data.scene_sources import SceneSource
-from perceptiondlm.training.data.sources import MIN_RECORDS, AnswerFormat, BadRecord, Measured, Source, check_bad_share
-from perceptiondlm.training.data.streaming import StreamingDataset
+from perceptiondlm.training.data.sources import AnswerFormat, Source
+from perceptiondlm.training.data.streaming import StreamedRows, StreamingDataset
+from perceptiondlm.training.data.survey import SourceReport, Work, load_survey, look, merge, plan_work, warn
 
 
-logger = logging.getLogger(__name__)
-
-_source: Source  # of a survey's worker process
-
-
-@dataclass
-class SourceReport:
-    """What became of a source's records in the survey, for the run's summary.
+class Part:
+    """The samples that an epoch takes of a source, by number: of all its records, or of a fixed random subset.
 
     Args:
-        records: read; samples: of an epoch.
-        bad: records left out because they cannot be read, by file and row (`bad_records`).
-        too_long: samples left out because no answer fits behind their prompt; cut: answers that are shortened.
+        source: of the records.
+        work: the survey of those that are taken, which is done.
+        rounds: how often they are all taken, with a repeat number each.
+        extra: places among them that are taken once more.
+
+    Raises:
+        ValueError: when too many records are bad.
     """
 
-    name: str
-    records: int = 0
-    samples: int = 0
-    bad: int = 0
-    too_long: int = 0
-    cut: int = 0
-    bad_records: list[str] = field(default_factory=list)
+    def __init__(self, source: Source, work: Work, rounds: int, extra: np.ndarray):
+        self.source, self.records, self.rounds, self.extra = source, work.records, rounds, extra
+        self.survey = survey = load_survey(work)
+        source.dropped = survey.dropped
+        self.extra_ends = np.cumsum(survey.ends[extra] - self._starts(extra))
 
-    def add(self, place: str, measured: Measured, error: str | None) -> None:
-        """Count one record."""
-        self.records += 1
-        self.too_long += measured.too_long
-        self.cut += measured.cut
-        if error is not None:
-            self.bad += 1
-            self.bad_records.append(f"{place}: {error}")
-            logger.warning("bad record skipped: %s: %s", place, error)
+    def _starts(self, places: np.ndarray) -> np.ndarray:
+        """Samples before those of the records at some places."""
+        return np.where(places > 0, self.survey.ends[places - 1], 0)
 
-    def check(self, limit: float) -> None:
-        """Stop when too large a share of the records is bad."""
-        check_bad_share(self.name, self.bad, self.records, limit, "".join(self.bad_records[-1:]))
+    def __len__(self) -> int:
+        return self.rounds * len(self.survey.lengths) + (int(self.extra_ends[-1]) if len(self.extra) else 0)
+
+    @property
+    def report(self) -> SourceReport:
+        """What was found, with the samples of an epoch."""
+        return replace(self.survey.report, samples=len(self))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample."""
+        whole = self.survey.lengths
+        if self.rounds == 1 and not len(self.extra):
+            return whole
+        runs = zip(self._starts(self.extra), self.survey.ends[self.extra], strict=True)
+        return np.concatenate([*[whole] * self.rounds, *(whole[start:end] for start, end in runs)])
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Record, repeat and unit of a sample."""
+        repeat, index = divmod(index, len(self.survey.lengths))
+        if repeat < self.rounds:
+            place = int(np.searchsorted(self.survey.ends, index, side="right"))
+        else:
+            index += (repeat - self.rounds) * len(self.survey.lengths)
+            number = int(np.searchsorted(self.extra_ends, index, side="right"))
+            place, repeat = int(self.extra[number]), self.rounds
+            index += int(self.survey.ends[place]) - int(self.extra_ends[number])
+        unit = index - (int(self.survey.ends[place - 1]) if place else 0)
+        return int(self.records[place]), repeat, unit
 
 
 class MixtureDataset(Dataset):
@@ -80,36 +89,45 @@ class MixtureDataset(Dataset):
     `dataset[~index]` is the sample `index` as a filler, without anything to learn.
 
     Args:
-        sources: the parts.
-        lengths: of every sample, in tokens.
-        samples: (n, 4) int64: source, record, repeat and unit of every sample.
-        reports: of the sources.
+        parts: of the sources, in their order.
         coarse_epochs: epochs at the start whose samples are marked `coarse`.
+
+    Attributes:
+        lengths: (n,) int32: tokens of every sample.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        lengths: Sequence[int],
-        samples: np.ndarray,
-        reports: Sequence[SourceReport],
-        coarse_epochs: int = 0,
-    ):
-        self.sources, self.lengths, self.samples, self.reports = sources, lengths, samples, reports
-        self.coarse_epochs, self.epoch = coarse_epochs, 0
+    def __init__(self, parts: Sequence[Part], coarse_epochs: int = 0):
+        self.parts, self.coarse_epochs, self.epoch = parts, coarse_epochs, 0
+        self.ends = np.cumsum([len(part) for part in parts])
+        lengths = [part.lengths() for part in parts]
+        self.lengths = lengths[0] if len(parts) == 1 else np.concatenate(lengths)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources."""
+        return [part.source for part in self.parts]
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch is part of every sample's seed."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self.ends[-1])
+
+    def locate(self, index: int) -> tuple[int, int, int, int]:
+        """Source, record, repeat and unit of a sample."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        before = int(self.ends[number - 1]) if number else 0
+        return (number, *self.parts[number].locate(index - before))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample (see sources.py), with `noise_seed`, `coarse` and `filler`."""
         filler = index < 0
-        number, record, repeat, unit = self.samples[~index if filler else index].tolist()
-        source = self.sources[number]
+        index = ~index if filler else index
+        if index >= len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number, record, repeat, unit = self.locate(index)
+        source = self.parts[number].source
         seed = f"{self.epoch}/{source.key}/{record}" + f"+{repeat}" * (repeat > 0)
         try:
             sample = source.sample(record, unit, seed)
@@ -121,7 +139,7 @@ class MixtureDataset(Dataset):
     @property
     def report(self) -> list[dict[str, Any]]:
         """What was found in every source, for the run's summary."""
-        return [asdict(report) for report in self.reports]
+        return [asdict(part.report) for part in self.parts]
 
 
 def build_dataset(
@@ -138,10 +156,16 @@ def build_dataset(
     Raises:
         FileNotFoundError, ValueError: for sets that are missing, have other columns or too many bad records.
     """
+    cache_dir = Path(data.prepared or cache_dir)
     if not data.streaming:
         return build_mixture(data, loss, processor, config, cache_dir)
-    with main_process_first():
-        return StreamingDataset(data, AnswerFormat.build(data, loss, processor, config), Path(cache_dir))
+    check_turns(data, config)
+    peers = Peers.find(cache_dir)
+    run_id = of_everyone(uuid4().hex)[0]
+    with peers.leader_first():
+        if peers.rank == 0:
+            shutil.rmtree(cache_dir / COUNTS, ignore_errors=True)
+        return StreamingDataset(data, AnswerFormat.build(data, loss, processor, config), cache_dir, run_id)
 
 
 def build_mixture(
@@ -153,39 +177,65 @@ def build_mixture(
 ) -> MixtureDataset:
     """The samples of all sources in random access, in the order of the sources. Raises as `build_dataset` does.
 
-    Of several processes the main one goes first; the others then find its surveys in `cache_dir`.
+    What was not looked at before (`prepare`) is looked at now, by all processes together.
     """
+    cache_dir = Path(data.prepared or cache_dir)
     if not data.sources:
         raise ValueError("data.sources is empty; accepted: at least one source")
+    check_turns(data, config)
     answers = AnswerFormat.build(data, loss, processor, config)
-    lengths: list[int] = []
-    sources, rows, reports = [], [], []
-    for number, settings in enumerate(data.sources):
-        with main_process_first():
-            source = build_source(settings, data, answers, Path(cache_dir))
-            taken = chosen_records(source, settings)
-            found, report = survey(source, settings, taken, data.max_bad_share, answers, Path(cache_dir))
-        for record, repeat in taken:
-            lengths += found[record]
-            rows += [(number, record, repeat, unit) for unit in range(len(found[record]))]
-            report.samples += len(found[record])
-        sources.append(source)
-        reports.append(report)
-    if not rows:
-        raise ValueError(f"no sample is left: {[asdict(report) for report in reports]}")
-    return MixtureDataset(sources, lengths, np.array(rows, dtype=np.int64), reports, data.coarse_epochs)
+    peers = Peers.find(cache_dir)
+    parts = [survey_source(number, data, answers, cache_dir, peers) for number in range(len(data.sources))]
+    if not sum(map(len, parts)):
+        raise ValueError(f"no sample is left: {[asdict(part.report) for part in parts]}")
+    dataset = MixtureDataset([part for part in parts if len(part)], data.coarse_epochs)
+    found = of_everyone(hashlib.sha256(np.ascontiguousarray(dataset.lengths).data).hexdigest())
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"processes {[rank for rank, digest in enumerate(found) if digest != found[0]]} found other data than "
+            "process 0: the machines hold different copies of the sets"
+        )
+    return dataset
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Where several processes train, the first one does the block before the others."""
-    distributed = dist.is_available() and dist.is_initialized()
-    first = not distributed or dist.get_rank() == 0
-    if not first:
-        dist.barrier()
-    yield
-    if distributed and first:
-        dist.barrier()
+def check_turns(data: DataConfig, config: PerceptionDLMConfig) -> None:
+    """Refuse several turns in one sequence where the model's attention cannot keep them apart."""
+    fits = config.attention_layout == "isolated" and not config.supervise_markers
+    if not fits and any(source.turns == "all_in_one" for source in data.sources):
+        raise ValueError(
+            "sources.turns 'all_in_one' needs attention_layout 'isolated' without supervise_markers, this model has "
+            f"{config.attention_layout!r} and supervise_markers={config.supervise_markers}: use 'one' or 'all'"
+        )
+
+
+def survey_source(number: int, data: DataConfig, answers: AnswerFormat, cache_dir: Path, peers: Peers) -> Part:
+    """A source with its survey, made by all peers together where it is missing."""
+    with peers.leader_first():  # indices are made by one
+        source, work, rounds, extra = plan_source(number, data, answers, cache_dir)
+    look(work, (peers.rank, peers.count), local_cores())
+    of_everyone(None)
+    with peers.leader_first():
+        merge(work)
+    part = Part(source, work, rounds, extra)
+    if peers.rank == 0:
+        warn(part.survey.report)
+    return part
+
+
+def plan_source(
+    number: int, data: DataConfig, answers: AnswerFormat, cache_dir: Path
+) -> tuple[Source, Work, int, np.ndarray]:
+    """A source, what is to be looked at, and how often an epoch takes it: rounds, and places taken once more."""
+    settings = data.sources[number]
+    source = build_source(settings, data, answers, cache_dir)
+    count = len(source)
+    if count == 0:
+        raise ValueError(f"{settings.name} holds no record")
+    rounds, rest = divmod(count if settings.samples is None else settings.samples, count)
+    subset = np.array(sorted(random.Random(f"subset/{source.key}").sample(range(count), rest)), dtype=np.int64)
+    records, extra = (range(count), subset) if rounds else (subset, np.empty(0, dtype=np.int64))
+    work = plan_work(source, settings, records, data.max_bad_share, answers, cache_dir)
+    return source, work, max(rounds, 1), extra
 
 
 def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat, cache_dir: Path) -> Source:
@@ -193,89 +243,8 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
     if settings.is_drawn:
         return SceneSource(settings, answers)
     key = f"{data.seed}/{Path(settings.name).name}"  # the same wherever the set lies
+    if settings.streaming:
+        return StreamedRows(settings, answers, key, cache_dir)
     if settings.kind == "regions":
         return RegionSource(settings, answers, key, cache_dir)
-    return ConversationSource(settings, answers, key)
-
-
-def chosen_records(source: Source, settings: SourceConfig) -> list[tuple[int, int]]:
-    """Records of an epoch with the number of their repeat: all, a fixed random subset, or all several times over."""
-    count = len(source)
-    if count == 0:
-        raise ValueError(f"{settings.name} holds no record")
-    rounds, rest = divmod(count if settings.samples is None else settings.samples, count)
-    subset = sorted(random.Random(f"subset/{source.key}").sample(range(count), rest))
-    return [(record, repeat) for repeat in range(rounds) for record in range(count)] + [(r, rounds) for r in subset]
-
-
-def survey(
-    source: Source,
-    settings: SourceConfig,
-    taken: list[tuple[int, int]],
-    max_bad_share: float,
-    answers: AnswerFormat,
-    cache_dir: Path,
-) -> tuple[dict[int, list[int]], SourceReport]:
-    """Lengths of every sample of the records taken, by record, and the report; kept in `cache_dir`."""
-    records = sorted({record for record, _ in taken})
-    path = cache_dir / f"survey-{_survey_key(source, settings, records, answers)}.json"
-    if path.exists():
-        kept = json.loads(path.read_text())
-        report, lengths = SourceReport(**kept["report"]), kept["lengths"]
-    else:
-        report, lengths = _look(source, settings, records, max_bad_share)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"report": asdict(report), "lengths": lengths}))
-        part.rename(path)
-    report.check(max_bad_share)
-    return dict(zip(records, lengths, strict=True)), report
-
-
-def _look(
-    source: Source, settings: SourceConfig, records: list[int], max_bad_share: float
-) -> tuple[SourceReport, list[list[int]]]:
-    """Read every record; stops early when too many are bad."""
-    report, lengths = SourceReport(settings.name), []
-    for record, (measured, error) in zip(records, _measure_all(source, records), strict=True):
-        report.add(source.place(record), measured, error)
-        lengths.append(measured.lengths)
-        if report.records >= MIN_RECORDS:
-            report.check(max_bad_share)
-    return report, lengths
-
-
-def _survey_key(source: Source, settings: SourceConfig, records: list[int], answers: AnswerFormat) -> str:
-    """A name that changes with everything that a survey depends on."""
-    numbers = hashlib.sha256(np.array(records, dtype=np.int64).tobytes()).hexdigest()
-    limits = (answers.num_slots, answers.slot_limit, answers.copies, answers.max_length)
-    processor = {name: value for name, value in answers.processor.to_dict().items() if name != "tokenizer"}
-    vocabulary = len(answers.processor.tokenizer)
-    content = [source.fingerprint, asdict(settings), numbers, limits, processor, vocabulary]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _measure_all(source: Source, records: list[int]) -> Iterator[tuple[Measured, str | None]]:
-    """`measure` of every record in order, worked on by all cores a little ahead."""
-    workers = min(os.cpu_count() or 1, -(-len(records) // 16))
-    progress = tqdm(total=len(records), desc=f"reading {source.key}", disable=None)
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (source,))  # fork: nothing is pickled
-    with pool, progress:
-        waiting = iter(records)
-        while chunk := list(islice(waiting, 256 * workers)):
-            for result in pool.map(_measure, chunk, chunksize=16):
-                progress.update()
-                yield result
-
-
-def _start_worker(source: Source) -> None:
-    global _source
-    _source = source
-    torch.set_num_threads(1)
-
-
-def _measure(record: int) -> tuple[Measured, str | None]:
-    try:
-        return _source.measure(record), None
-    except BadRecord as error:
-        return Measured([]), str(error)
+    return ConversationSource(settings, answers, key, cache_dir)

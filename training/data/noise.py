@@ -33,3 +33,13 @@ def stratified_noise(
     elif copies != 1:
         raise ValueError(f"noise copies must be 1 or 2, got {copies}")
     return p.reshape(-1, 1).clamp(min=MIN_PROBABILITY), u.reshape(-1, num_slots)
+
+
+def probability_bits(p: torch.Tensor) -> torch.Tensor:
+    """Probabilities (A, 1) as the bits of fp32 in int32, which mixed precision does not cast as it does floats."""
+    return p.float().view(torch.int32)
+
+
+def probability(bits: torch.Tensor) -> torch.Tensor:
+    """The fp32 probabilities (A, 1) of `probability_bits`."""
+    return bits.view(torch.float32)

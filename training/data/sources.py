@@ -1,10 +1,12 @@
 """What a part of a mixture is: records on disk or drawn, each giving one or more samples; and what all of them share.
 
-A sample is a dict, either of regions or of a turn to answer::
+A sample is a dict, of regions, of a turn to answer, or of several turns in one sequence::
 
     image      anything `load_image` takes      images     list of them
     masks      regions of the image             prompt     question or rendered chat, <img> where an image stands
     captions   one per region                   answer     text of the turn
+
+    turn_prompts, turn_images, answers     per turn: what its prompt adds to the turn before, and the answer
 
 to which the mixture adds `noise_seed`, `coarse` and `filler`. The collator makes batches of them.
 """
@@ -12,11 +14,12 @@ to which the mixture adds `noise_seed`, `coarse` and `filler`. The collator make
 import base64
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,27 +29,11 @@ from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.images_perceptiondlm import UNREADABLE, load_image
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.prompting_perceptiondlm import END_OF_TURN
+from perceptiondlm.training.data.bad_records import BadRecord, retried
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 
 
-MIN_RECORDS = 100  # read before the share of bad records is judged on the way
 DATA_URL = re.compile(r"data:[^,]*;base64,")
-
-
-class BadRecord(ValueError):
-    """A record that cannot be trained on; the message says what is wrong with it."""
-
-
-def check_bad_share(name: str, bad: int, read: int, limit: float, last: str) -> None:
-    """Stop a run when more than the share `limit` of a source's records read so far is bad; `last` is the last of them.
-
-    Raises:
-        ValueError: with the numbers.
-    """
-    if bad > limit * read:
-        raise ValueError(
-            f"{bad} of the first {read} records of {name} are bad, data.max_bad_share={limit}; last: {last}"
-        )
 
 
 @dataclass
@@ -57,11 +44,13 @@ class Measured:
         lengths: tokens of each of its samples, answers and their noised copies included.
         too_long: samples left out because the limit leaves no room for an answer.
         cut: answers that are shortened.
+        dropped: regions that are left out, with what is wrong with them.
     """
 
     lengths: list[int]
     too_long: int = 0
     cut: int = 0
+    dropped: dict[int, str] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -69,9 +58,11 @@ class Source(ABC):
 
     Args:
         key: of the source in the seeds of its samples.
+        dropped: by record, regions that the survey found bad.
     """
 
     key: str
+    dropped: Mapping[int, Sequence[int]] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int:
@@ -146,22 +137,22 @@ class AnswerFormat:
         tokens = self.num_tokens(answer)
         return min(-(-(tokens + 1) // self.num_slots) * self.num_slots, self.slot_limit), tokens > self.slot_limit
 
-    def check_text(self, text: str, name: str) -> None:
-        """Refuse text that is empty or would be read as special tokens."""
+    def check_text(self, text: Any, name: str) -> None:
+        """Refuse what is no text, is empty or would be read as special tokens."""
+        if not isinstance(text, str):
+            raise BadRecord(f"{name} is {text!r:.60}; accepted: text")
         if not text.strip():
             raise BadRecord(f"{name} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
+            raise BadRecord(f"{name} is no Unicode text: {error.reason} at {error.start}") from error
         if found := self._special_tokens.search(text):
             raise BadRecord(f"{name} contains the special token {found.group()}")
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in self.processor.tokenizer.all_special_tokens))
-
-
-def file_state(path: str | Path) -> list[Any]:
-    """Name, size and time of a file: what must change for its contents to change."""
-    state = Path(path).stat()
-    return [str(path), state.st_size, state.st_mtime_ns]
 
 
 def image_root(config: SourceConfig) -> Path:
@@ -181,12 +172,10 @@ def open_image(value: Any, root: Path, name: str) -> Image.Image:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and (prefix := DATA_URL.match(value[:100])):
             value = base64.b64decode(value[prefix.end() :], validate=True)
-        if isinstance(value, str):
-            value = root / value
-        elif isinstance(value, bytes):
-            value = Image.open(BytesIO(value))
-        return load_image(value, name=name)
+        elif isinstance(value, str):
+            value = retried((root / value).read_bytes)
+        return load_image(Image.open(BytesIO(value)) if isinstance(value, bytes) else value, name=name)
     except UnidentifiedImageError as error:
         raise BadRecord(f"{name} is no image ({len(value)} bytes)") from error
     except (*UNREADABLE, TypeError) as error:
-        raise BadRecord(str(error)) from error
+        raise BadRecord(f"{name} cannot be read: {error}") from error
