@@ -63,8 +63,8 @@ class TextOptions:
         longest = max(lengths)
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
-                f"row {lengths.index(longest)} has {longest} tokens, max_length is {self.max_length}; a prompt is never "
-                "truncated: shorten the text, lower max_tiles, or split regions with max_regions_per_pass"
+                f"row {lengths.index(longest)} has {longest} tokens, max_length is {self.max_length}; a prompt is "
+                "never truncated: shorten the text, lower max_tiles, or split regions with max_regions_per_pass"
             )
         if self.padding in (False, "do_not_pad") and len(set(lengths)) > 1:
             raise ValueError(f"rows have {lengths} tokens; tensors need padding=True")

@@ -24,7 +24,6 @@ s tile side in pixels, P patches per tile side, K region prompts:
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,16 +33,14 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
+from .answers_perceptiondlm import decode_answers, encode_answers
 from .batching_perceptiondlm import collate, grouped, split_options
-from .configuration_perceptiondlm import PerceptionDLMConfig, nearest_sampling, num_tiles
-from .coverage_perceptiondlm import patch_coverage
+from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor, check_count
-from .images_perceptiondlm import is_encoded, read_image
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
 from .prompting_perceptiondlm import (
     CHAT_TEMPLATE,
     END_OF_TEXT,
-    END_OF_TURN,
     IMAGE_TOKEN,
     ROI_TOKEN,
     chat_messages,
@@ -54,7 +51,7 @@ from .prompting_perceptiondlm import (
     region_row,
     shared_row,
 )
-from .regions_perceptiondlm import regions_of
+from .region_passes_perceptiondlm import RegionReader, picture
 
 
 MASK_SAMPLINGS = ("area", "nearest")
@@ -127,7 +124,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """Raise `ValueError` naming the setting, its value and what is accepted."""
         side = self.config.vision_config.image_size
         if self.image_processor.tile_size != side:
-            raise ValueError(f"the image processor cuts tiles of {self.image_processor.tile_size} px, config's are {side}")
+            raise ValueError(
+                f"the image processor cuts tiles of {self.image_processor.tile_size} px, config's are {side}"
+            )
         if self.mask_sampling not in MASK_SAMPLINGS:
             raise ValueError(f"mask_sampling must be one of {MASK_SAMPLINGS}, got {self.mask_sampling!r}")
         check_count("mask_threshold", self.mask_threshold)
@@ -258,9 +257,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             raise ValueError(f"give regions in one form, got {given}")
         if given:
             form = given[0]
-            rows = self.region_rows(
-                images, text, form, regions[form], prompt_ids, **region_settings, **image_settings
-            )
+            rows = self.region_rows(images, text, form, regions[form], prompt_ids, **region_settings, **image_settings)
             if not rows:
                 accepted = "at least 1 in a batch (the pipeline gives [] for an image without regions)"
                 raise ValueError(f"{form} holds no region; accepted: {accepted}")
@@ -329,48 +326,24 @@ class PerceptionDLMProcessor(ProcessorMixin):
             rows += self.lay_out(passes, question, index)
         return rows
 
-    def region_passes(
-        self, image, form: str, regions, prompt_ids=None, max_regions_per_pass=None, resize_masks=False,
-        suffix: str = "", **image_settings: Any,
-    ) -> list[dict]:  # fmt: skip
+    def region_passes(self, image, form: str, regions, prompt_ids=None, **settings: Any) -> list[dict]:
         """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
 
-        Regions are read and measured one by one; none is kept but under `mask_sampling="nearest"`.
-
         Args:
-            suffix: stands behind the names of image and regions in messages.
+            settings: `max_regions_per_pass`, `resize_masks`, `suffix` (stands behind the names of image and regions
+                in messages) and settings of the image processor.
         """
-        if self.config.region_conditioning == "none":
-            raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
-        image_processor = self.image_processor.with_settings(**image_settings)
-        tiles, grid, size, turned = picture(image, image_processor, f"image{suffix}")
-        found = regions_of(
-            size, **{form: regions}, name=f"{form}{suffix}", threshold=self.mask_threshold, resize_masks=resize_masks,
-            size_hint=f"; the picture carries EXIF orientation {turned}, see exif" if turned != 1 else "",
-        )  # fmt: skip
-        nearest = self.config.region_conditioning == "vision" and self.mask_sampling == "nearest"
-        kept, boxes, areas, told = [], [], [], True
-        for region in found:
-            boxes.append(region.box)
-            areas.append(region.area)
-            told = told and region.tells_size
-            kept.append(region if nearest else self._coverage(region, grid))
-        if turned != 1 and boxes and not (told and turned >= 5 and size[0] != size[1]):
-            warn_of_orientation(f"image{suffix}", turned)
-        order = np.array(areas).argsort()[::-1] if self.sort_regions else np.arange(len(boxes))
-        passes = []
-        for group in self._groups(len(boxes), max_regions_per_pass):
-            chosen = order[group]
-            numbers = self._prompt_ids(prompt_ids, chosen, len(boxes), f"prompt_ids{suffix}")
-            row = {"tiles": tiles, "grids": [grid], "sizes": [size], "numbers": numbers}
-            row["boxes"] = np.array([boxes[index] for index in chosen], dtype=np.int64)
-            row |= {"order": chosen} if self.sort_regions else {}
-            measured = [kept[index] for index in chosen]
-            if nearest:
-                cut, step = lambda mask: image_processor.cut(mask, grid), self.config.vision_config.patch_size
-                measured = [nearest_sampling(one, k, cut, step) for one, k in zip(measured, numbers, strict=True)]
-            passes.append(row | self._coverage_of_pass(measured, numbers))
-        return passes
+        changes = {name: settings.pop(name) for name in IMAGE_SETTINGS if name in settings}
+        if settings.get("max_regions_per_pass") is None:
+            settings["max_regions_per_pass"] = self.max_regions_per_pass
+        reader = RegionReader(
+            self.config,
+            self.image_processor.with_settings(**changes),
+            self.mask_sampling,
+            self.mask_threshold,
+            self.sort_regions,
+        )
+        return reader.passes(image, form, regions, prompt_ids, **settings)
 
     def lay_out(self, passes: list[dict], question: str, sample: int) -> list[dict]:
         """Rows of an image's passes: their prompts beside what `region_passes` made of image and regions."""
@@ -393,44 +366,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         before, after = self.apply_chat_template(messages, add_generation_prompt=True).split(place)
         return encode(before, self.tokenizer), encode(after, self.tokenizer)
-
-    def _coverage(self, region, grid: tuple[int, int]) -> np.ndarray:
-        """Share that a region covers of the cells of its box, (c, c), or under `vision` of every patch, (T, P, P)."""
-        if self.config.region_conditioning == "replay":
-            return region.coverage(self.config.roi_size * self.config.coverage_subsamples)
-        return patch_coverage(region, grid, self.config.patches_per_side)
-
-    def _coverage_of_pass(self, measured: list[np.ndarray], numbers: np.ndarray) -> dict:
-        """The coverage of a pass's regions, under `vision` each at its prompt id."""
-        if self.config.region_conditioning == "replay":
-            return {"coverage": np.stack(measured)}
-        tiles, patches = measured[0].shape[0], self.config.patches_per_side
-        coverage = np.zeros((tiles, self.config.num_region_prompts, patches, patches), np.float32)
-        coverage[:, numbers] = np.stack(measured, axis=1)
-        return {"prompt_coverage": coverage, "prompt_ids": numbers}
-
-    def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str) -> np.ndarray:
-        """Prompt ids of the regions `chosen` for a pass, out of those given for all regions of an image."""
-        if given is None:
-            return np.arange(len(chosen))
-        most, ids = self.config.num_region_prompts, np.asarray(given)
-        accepted = f"one id below {most} per region, different ones within a pass, under 'vision'"
-        if self.config.region_conditioning != "vision" or ids.shape != (count,) or ids.dtype.kind not in "iu":
-            raise ValueError(f"{name} is {given!r} for {count} regions; accepted: {accepted}")
-        ids = ids[chosen].astype(np.int64)
-        if len(set(ids.tolist())) < len(ids) or ids.min() < 0 or ids.max() >= most:
-            raise ValueError(f"{name} gives a pass the ids {ids.tolist()}; accepted: {accepted}")
-        return ids
-
-    def _groups(self, count: int, limit: int | None) -> list[slice]:
-        """Split `count` regions into passes, in order."""
-        limit = limit if limit is not None else self.max_regions_per_pass
-        if limit is not None:
-            check_count("max_regions_per_pass", limit)
-        if self.config.region_conditioning == "vision":
-            limit = min(limit or self.config.num_region_prompts, self.config.num_region_prompts)
-        step = limit or max(count, 1)
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def text_rows(self, images, text, rendered: bool | None = None, **image_settings: Any) -> list[dict]:
         """One row per text; each may have several images."""
@@ -483,45 +418,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def encode_answers(
         self, answers: Sequence[str], num_slots: int, max_slots: int | None = None, cut: bool = False
     ) -> torch.Tensor:
-        """Answers as training targets, each ended by the end-of-turn token and filled with end-of-text tokens.
-
-        Args:
-            num_slots: an answer takes the smallest multiple of this many slots that holds it and its end.
-            max_slots: most slots of an answer, by default `num_slots`; one that fills them has no end.
-            cut: shorten longer answers instead of refusing them.
-        Returns:
-            (A, G) ids, G the most slots of any answer; -100 behind the slots of the others.
-        Raises:
-            ValueError: naming an answer that is too long or empty.
-        """
-        limit = max_slots or num_slots
-        end, fill = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-        targets = []
-        for index, answer in enumerate(answers):
-            ids, _ = encode(answer, self.tokenizer)
-            if not ids or (len(ids) > limit and not cut):
-                raise ValueError(f"answer {index} has {len(ids)} tokens, accepted are 1 to {limit}: {answer[:80]!r}")
-            slots = min(-(-(len(ids) + 1) // num_slots) * num_slots, limit)
-            ids = [*ids, end][:slots]
-            targets.append(torch.tensor(ids + [fill] * (slots - len(ids))))
-        return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        """Answers as training targets (A, G): see `answers_perceptiondlm.encode_answers`."""
+        return encode_answers(answers, self.tokenizer, num_slots, max_slots, cut)
 
     def decode_answers(self, output) -> list[dict[str, Any]]:
-        """Every answer's text up to its end token and its score, the mean probability of the tokens it is made of.
-
-        Returns:
-            one `{"text": str, "score": float in [0, 1], "sample": int}` per answer, in the output's order.
-        """
-        ends = set(self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]))
-        answers = []
-        for ids, confidences, sample in zip(
-            output.sequences.tolist(), output.confidences.tolist(), output.sample_ids.tolist(), strict=True
-        ):
-            length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-            used = confidences[: length + 1]  # the end token is part of the decision
-            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
-            answers.append({"text": text, "score": sum(used) / len(used), "sample": sample})
-        return answers
+        """Text, score and sample of every answer: see `answers_perceptiondlm.decode_answers`."""
+        return decode_answers(output, self.tokenizer)
 
     def post_process_region_captions(
         self, output, output_scores: bool = False, num_images: int | None = None
@@ -581,16 +483,6 @@ def switches_of(config: PerceptionDLMConfig) -> list[Any]:
     return [*(getattr(config, name) for name in FORMER_SWITCHES), vision.image_size, vision.patch_size]
 
 
-def picture(image: Any, image_processor: PerceptionDLMImageProcessor, name: str):
-    """Tiles, grid, (height, width) and undecided EXIF orientation; an `EncodedImage` has no tiles any more."""
-    if is_encoded(image):
-        grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
-        return None, tuple(grid), tuple(size), 1
-    image, turned = read_image(image, name, image_processor.exif)
-    tiles, grid = image_processor.tile(image)
-    return tiles, grid, (image.height, image.width), turned
-
-
 def checked_texts(text: Any, count: int) -> list[str]:
     """A list of texts, one text repeated `count` times; anything else is refused by its place."""
     if isinstance(text, str):
@@ -603,16 +495,6 @@ def checked_texts(text: Any, count: int) -> list[str]:
     if not text:
         raise ValueError("text is an empty list; accepted: at least one text")
     return list(text)
-
-
-def warn_of_orientation(name: str, orientation: int) -> None:
-    """Warn that a picture carries an EXIF orientation, and the regions do not tell whether it is meant."""
-    warnings.warn(
-        f"{name} carries EXIF orientation {orientation}; its regions are taken to refer to the pixels as stored. Say "
-        "exif='stored' if that is so, exif='applied' if they refer to the picture as viewers, transformers and OpenCV "
-        "show it",
-        stacklevel=4,
-    )
 
 
 __all__ = ["CHAT_TEMPLATE", "PerceptionDLMProcessor"]

@@ -1,7 +1,7 @@
 """Prompts: the chat format, text to token ids, and the sequence that holds an image's regions.
 
-A user's text stays text: special tokens in it are encoded letter by letter, so that they cannot open a turn or stand for
-an image. `guarded` marks where such tokens must be broken; `encode` breaks them, and drops the marks.
+A user's text stays text: special tokens in it are encoded in pieces, so that they cannot open a turn or stand for an
+image. `guarded` marks where such tokens must be broken; `encode` breaks them, and drops the marks.
 
 Ids and roles are documented in processing_perceptiondlm.
 """
@@ -71,7 +71,11 @@ def is_rendered(text: str, tokenizer) -> bool:
 
 
 def expand_images(
-    encoded: tuple[list[int], Offsets], grids: Sequence[tuple[int, int]], config: PerceptionDLMConfig, tokenizer, name: str
+    encoded: tuple[list[int], Offsets],
+    grids: Sequence[tuple[int, int]],
+    config: PerceptionDLMConfig,
+    tokenizer,
+    name: str,
 ) -> tuple[list[int], Offsets]:
     """Repeat every image placeholder for each token of its tiles."""
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
