@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .images_perceptiondlm import EXIF_CHOICES, read_image
+from .importable_perceptiondlm import make_importable
 
 
 NEUTRAL_STATISTIC = 0.5  # mean and deviation of every channel by which the model normalises bytes
@@ -169,5 +170,7 @@ def _flat(images: Any) -> list[Any]:
         flat += image if isinstance(image, (list, tuple)) else [image]
     return flat
 
+
+make_importable(__name__)
 
 __all__ = ["PerceptionDLMImageProcessor"]

@@ -37,6 +37,7 @@ from .answers_perceptiondlm import decode_answers, encode_answers
 from .batching_perceptiondlm import collate, grouped, split_options
 from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor, check_count
+from .importable_perceptiondlm import make_importable
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
 from .prompting_perceptiondlm import (
     CHAT_TEMPLATE,
@@ -496,5 +497,7 @@ def checked_texts(text: Any, count: int) -> list[str]:
         raise ValueError("text is an empty list; accepted: at least one text")
     return list(text)
 
+
+make_importable(__name__)
 
 __all__ = ["CHAT_TEMPLATE", "PerceptionDLMProcessor"]
