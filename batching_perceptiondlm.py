@@ -68,7 +68,7 @@ class TextOptions:
             )
         if self.padding in (False, "do_not_pad") and len(set(lengths)) > 1:
             raise ValueError(f"rows have {lengths} tokens; tensors need padding=True")
-        length = self.max_length if self.padding == "max_length" else longest
+        length = (self.max_length or longest) if self.padding == "max_length" else longest
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
 

@@ -15,10 +15,11 @@ from .images_perceptiondlm import EXIF_CHOICES, read_image
 from .importable_perceptiondlm import make_importable
 
 
+IMAGE_SETTINGS = ("max_tiles", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "exif")
 NEUTRAL_STATISTIC = 0.5  # mean and deviation of every channel by which the model normalises bytes
 
 
-class PerceptionDLMImagesKwargs(ImagesKwargs, total=False):
+class PerceptionDLMImagesKwargs(ImagesKwargs):
     """Keywords of the image processor."""
 
     tile_size: int
@@ -103,8 +104,7 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
     def with_settings(self, **changes: Any) -> "PerceptionDLMImageProcessor":
         """This image processor with settings changed; those that are None stay."""
         changes = {name: value for name, value in changes.items() if value is not None}
-        known = ("tile_size", "max_tiles", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        known = (*known, "exif")
+        known = ("tile_size", *IMAGE_SETTINGS)
         if unknown := sorted(set(changes) - set(known)):
             raise TypeError(f"unknown image processor keywords {unknown}; accepted: {known}")
         if not changes:
@@ -165,7 +165,7 @@ def _flat(images: Any) -> list[Any]:
     """The images of a list, nested or not."""
     if not isinstance(images, (list, tuple)):
         return [images]
-    flat = []
+    flat: list[Any] = []
     for image in images:
         flat += image if isinstance(image, (list, tuple)) else [image]
     return flat

@@ -20,7 +20,7 @@ def values_of_picture(image: Image.Image, name: str, threshold: int) -> np.ndarr
         raise ValueError(f"{name} is an image of mode {image.mode}; accepted: modes {', '.join(MASK_MODES)}, I, F")
     if image.has_transparency_data:
         clear = with_alpha(image)
-        if clear.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(clear.getchannel("A")).min() < 255:
             return _mask_beside_alpha(clear, image.mode, name, threshold)
         image = image if image.mode == "P" else clear.convert("RGB")
     if image.mode == "P" and not _is_black_and_white(image):

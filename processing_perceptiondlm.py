@@ -36,7 +36,7 @@ from transformers.utils import cached_file, logging
 from .answers_perceptiondlm import decode_answers, encode_answers
 from .batching_perceptiondlm import collate, grouped, split_options
 from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
-from .image_processing_perceptiondlm import PerceptionDLMImageProcessor, check_count
+from .image_processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMImageProcessor, check_count
 from .importable_perceptiondlm import make_importable
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
 from .prompting_perceptiondlm import (
@@ -57,7 +57,6 @@ from .region_passes_perceptiondlm import RegionReader, picture
 
 MASK_SAMPLINGS = ("area", "nearest")
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
-IMAGE_SETTINGS = ("max_tiles", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "exif")
 REGION_SETTINGS = ("max_regions_per_pass", "resize_masks")  # of a call
 OWN_SETTINGS = (
     "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions", "system_prompt", "region_question",
