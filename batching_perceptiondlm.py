@@ -27,7 +27,7 @@ WHY = {
     "padding_side": "an answer follows its row's last token, wherever padding stands",
     "add_special_tokens": "the chat template writes them",
 }
-GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+GROUPS = ("text_kwargs", "images_kwargs")
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class TextOptions:
 
 
 def grouped(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords with those of `text_kwargs`, `images_kwargs` and `common_kwargs` beside them."""
-    flat = {name: value for name, value in keywords.items() if name not in GROUPS}
+    """Keywords with those of `text_kwargs` and `images_kwargs` beside them, and of `common_kwargs` where not given."""
+    flat = {name: value for name, value in keywords.items() if name not in (*GROUPS, "common_kwargs")}
     for group in GROUPS:
         for name, value in (keywords.get(group) or {}).items():
             if name in flat:
                 raise ValueError(f"{name} was passed twice: {flat[name]!r} and, in {group}, {value!r}")
             flat[name] = value
-    return flat
+    return {**(keywords.get("common_kwargs") or {}), **flat}
 
 
 def split_options(keywords: dict[str, Any]) -> tuple[TextOptions, dict[str, Any]]:

@@ -45,6 +45,7 @@ from .prompting_perceptiondlm import (
     IMAGE_TOKEN,
     ROI_TOKEN,
     chat_messages,
+    chats_of,
     encode,
     expand_images,
     guarded,
@@ -284,17 +285,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
         An image part names its image by one of `image` (in any form of `load_image`), `url`, `path` and `base64`. A
         prompt that is returned as a string holds the messages' texts as they are.
         """
+        given, batched = chats_of(conversation)
+        chats = [
+            chat_messages(chat, lambda text: guarded(text, self.tokenizer) if tokenize else text) for chat in given
+        ]
+        messages = chats if batched else chats[0]
         if not tokenize:
-            return super().apply_chat_template(conversation, *args, **kwargs)
-        if not len(conversation):
-            raise ValueError("the conversation is empty; accepted: at least one message")
-        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        chats = [chat_messages(chat, self.tokenizer) for chat in (conversation if batched else [conversation])]
+            return super().apply_chat_template(messages, *args, **kwargs)
         own = {**(kwargs.pop("processor_kwargs", None) or {}), "rendered": True}
         kwargs.pop("sanitize_control_tokens", None)  # it is done in any case
         if kwargs.get("return_tensors", "pt") in ("auto", None):
             kwargs["return_tensors"] = "pt"
-        messages = chats if batched else chats[0]
         batch = super().apply_chat_template(messages, *args, tokenize=True, processor_kwargs=own, **kwargs)
         if isinstance(batch, BatchFeature) and "assistant_masks" in batch:
             batch["assistant_masks"] = torch.as_tensor(batch["assistant_masks"])

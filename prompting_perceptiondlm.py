@@ -7,7 +7,7 @@ Ids and roles are documented in processing_perceptiondlm.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .configuration_perceptiondlm import LAYOUTS, PerceptionDLMConfig, num_tiles
@@ -112,25 +112,46 @@ def region_row(
     return {"ids": ids, "roles": roles, "regions": regions, "num_regions": len(prompt_ids)}
 
 
-def chat_messages(conversation: Any, tokenizer) -> list[dict[str, Any]]:
-    """A conversation for the template: texts guarded, and every image part with one source that `load_image` reads."""
+def chats_of(conversation: Any) -> tuple[list[Any], bool]:
+    """One conversation or a list of them as a list, and whether it was a list of them."""
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        found = "empty" if isinstance(conversation, (list, tuple)) else f"a {type(conversation).__name__}"
+        raise ValueError(f"the conversation is {found}; accepted: a list of messages, or a list of such lists")
+    batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    return (list(conversation) if batched else [conversation]), batched
+
+
+def chat_messages(conversation: Any, write: Callable[[str], str]) -> list[dict[str, Any]]:
+    """A conversation for the template: every image part with one source that `load_image` reads.
+
+    Args:
+        write: what is made of every text, such as `guarded` of it.
+    """
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"a conversation is {conversation!r:.80}; accepted: a list of messages, one at least")
     messages = []
-    for message in getattr(conversation, "messages", conversation):
+    for index, message in enumerate(conversation):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {index} is {message!r:.80}; accepted: a dict with role and content")
         content = message.get("content")
         if isinstance(content, str):
-            content = guarded(content, tokenizer)
+            content = write(content)
         elif isinstance(content, (list, tuple)):
-            content = [_part(part, tokenizer) for part in content]
-        messages.append({**message, "content": content})
+            content = [_part(part, write) for part in content]
+        else:
+            raise ValueError(f"message {index} has content {content!r:.80}; accepted: a text or a list of parts")
+        messages.append({**message, "role": write(message["role"]), "content": content})
     return messages
 
 
-def _part(part: Any, tokenizer) -> dict[str, Any]:
+def _part(part: Any, write: Callable[[str], str]) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise TypeError(f"a part of a message is a {type(part).__name__}; accepted: dicts with a type")
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
-        return {**part, "text": guarded(part["text"], tokenizer)}
+        return {**part, "text": write(part["text"])}
     if kind == "image_url":  # as other chat interfaces write it
         source = part.get("image_url")
         return {"type": "image", "image": source.get("url") if isinstance(source, Mapping) else source}

@@ -84,6 +84,24 @@ def test_parts_that_cannot_be_read_are_refused(part, message, processor):
         batch_of(processor, chat(part))
 
 
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "conversation is empty"),
+        ("Is there a cat?", "conversation is a str"),
+        ([[], []], "accepted: a list of messages"),
+        (["Is there a cat?"], "message 0 is 'Is there a cat.'; accepted: a dict with role and content"),
+        ([{"content": "Is there a cat?"}], "message 0.*role and content"),
+        ([{"role": "user"}], "message 0 has content None"),
+        ([{"role": "user", "content": [3]}], "a part of a message is a int"),
+    ],
+)
+def test_conversations_that_are_none_are_refused(messages, message, tokenize, processor):
+    with pytest.raises((ValueError, TypeError), match=message):
+        processor.apply_chat_template(messages, tokenize=tokenize)
+
+
 def test_messages_are_left_as_they_were(picture, processor):
     part = {"type": "image", "base64": base64.b64encode(png(picture)).decode()}
     messages = chat(part, "Is <|eot_id|> a token?")
