@@ -118,6 +118,9 @@ def collate(rows: list[dict], pad_id: int, options: TextOptions) -> BatchFeature
     for key, name in (
         ("boxes", "region_boxes"),
         ("coverage", "region_coverage"),
+        ("crops", "region_crops"),
+        ("crop_boxes",) * 2,
+        ("appearance", "region_appearance"),
         ("prompt_coverage",) * 2,
         ("prompt_ids",) * 2,
         ("order", "region_order"),

@@ -6,6 +6,7 @@ Legend: see sequence_perceptiondlm.
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -70,6 +71,7 @@ class EncodedImage:
         tiles: (T, n, n, D) image tokens.
         tile_grids: (1, 2) columns and rows; image_sizes: (1, 2) height and width in pixels.
         made_by: fingerprint of the weights, see `weights_fingerprint`; None where it serves one call alone.
+        picture: the PIL image, for regions whose crops or colours enter the model.
         max_prefixes: questions that are remembered; the one that was not asked for longest leaves first.
         prefixes: keys and values of the shared tokens, by those tokens' ids.
     """
@@ -78,6 +80,7 @@ class EncodedImage:
     tile_grids: torch.Tensor
     image_sizes: torch.Tensor
     made_by: str | None = None
+    picture: Any = None
     max_prefixes: int = MAX_PREFIXES
     prefixes: OrderedDict[tuple[int, ...], KeyValues] = field(default_factory=OrderedDict)
 
@@ -105,7 +108,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {weight.device}".encode())
         if weight.device.type != "meta" and weight.numel():
-            places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_SAMPLES).long().to(weight.device)
+            places = torch.arange(FINGERPRINT_SAMPLES) * (weight.numel() - 1) // (FINGERPRINT_SAMPLES - 1)
+            places = places.to(weight.device)
             samples = weight.detach().reshape(-1)[places]
             digest.update(samples.float().cpu().numpy().tobytes())
     return digest.hexdigest()

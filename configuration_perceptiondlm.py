@@ -1,7 +1,8 @@
 """Configuration of PerceptionDLM: every id, size and switch of the model, validated where it is read.
 
-The vision tower is a stock `SiglipVisionConfig` and the language model a stock `LlamaConfig`; the composite adds what
-joins them (projector, pixel-unshuffle), how a region enters the network, and which attention layout the tokens follow.
+The vision tower is one of vision_perceptiondlm (a stock `SiglipVisionConfig` by default), the language model a stock
+`LlamaConfig`; the composite adds what joins them (projector, pixel-unshuffle), how a region enters the network, and
+which attention layout the tokens follow.
 
 This file is also the seam to released_perceptiondlm, which holds what exists for the published weights alone: each of
 those rules has a switch here, and the rest of the model asks the switch.
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from .region_features_perceptiondlm import AlignedRois
 from .released_perceptiondlm import ReleasedLayout, ReleasedRois, nearest_coverage, released_schedule
 from .sequence_perceptiondlm import FullLayout, IsolatedLayout
+from .vision_perceptiondlm import vision_config_class
 
 
 LAYOUTS = {layout.name: layout for layout in (IsolatedLayout(), ReleasedLayout(), FullLayout())}
@@ -70,7 +72,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     """Configuration of [`PerceptionDLMForConditionalGeneration`].
 
     Args:
-        vision_config (`dict` or `SiglipVisionConfig`): the tile encoder; `image_size` is the tile side in pixels.
+        vision_config (`dict`, `SiglipVisionConfig` or `EfficientNetLiteConfig`): the tile encoder, chosen by its
+            `model_type` (SigLIP without one); `image_size` is the tile side in pixels.
         text_config (`dict` or `LlamaConfig`): the language model, run without a causal mask.
         vision_feature_layer (`int`, defaults to -2): index into the encoder's hidden states (negative, -1 is the last
             layer's output); no post-layernorm is applied.
@@ -89,6 +92,10 @@ class PerceptionDLMConfig(PreTrainedConfig):
         coverage_subsamples (`int`): under `"replay"`, cells per bin side in which mask coverage is measured.
         region_geometry (`bool`): under `"replay"`, whether RoI tokens also carry the box (position, extent), which
             RoI-Align normalises away.
+        region_crop_size (`int`, defaults to 0): under `"replay"`, side in pixels of a region's own crop, whose features
+            are added to its RoI tokens (focal replay); 0: no crops.
+        region_appearance (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry mean and spread
+            of the colours under the mask.
         text_only (`bool`): a language model without vision tower and projector, as converted from LLaDA alone; needs
             `region_conditioning="none"`.
         roi_variant (`str`, defaults to `"aligned"`): where RoI features are sampled: `"aligned"`, at a region's true
@@ -122,6 +129,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     roi_sampling_ratio: int = 2
     coverage_subsamples: int = 2
     region_geometry: bool = True
+    region_crop_size: int = 0
+    region_appearance: bool = False
     text_only: bool = False
     roi_variant: str = "aligned"
     supervise_markers: bool = False
@@ -142,7 +151,10 @@ class PerceptionDLMConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 defaults = PRESETS["8b"][name] if value is None else {}
-                fields = {k: v for k, v in {**defaults, **(value or {})}.items() if k != "model_type"}
+                given = {**defaults, **(value or {})}
+                if name == "vision_config":
+                    config_class = vision_config_class(given.get("model_type"))
+                fields = {k: v for k, v in given.items() if k != "model_type"}
                 setattr(self, name, config_class(**fields))
         former = {name: kwargs.pop(name) for name in FORMER_ROI_FIELDS if name in kwargs}
         if former:
@@ -169,6 +181,12 @@ class PerceptionDLMConfig(PreTrainedConfig):
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= -1:
             raise ValueError(f"vision_feature_layer must be in [{-layers - 1}, -1], got {self.vision_feature_layer}")
+        step = self.vision_config.patch_size * self.pixel_unshuffle
+        if self.region_crop_size < 0 or self.region_crop_size % step:
+            raise ValueError(f"region_crop_size must be 0 or a multiple of {step} px, got {self.region_crop_size}")
+        for name in ("region_crop_size", "region_appearance"):
+            if getattr(self, name) and self.region_conditioning != "replay":
+                raise ValueError(f"{name} needs region_conditioning='replay', got {self.region_conditioning!r}")
         if self.region_conditioning == "replay" and not self.use_roi_replay:
             raise ValueError("region_conditioning='replay' needs use_roi_replay=True: nothing else carries the region")
         if self.region_conditioning == "vision" and not (self.use_roi_replay or self.use_region_prompts):

@@ -118,14 +118,17 @@ class PerceptionDLMImageProcessor(BaseImageProcessor):
     def tile(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Cut an RGB image into tiles (T, 3, s, s), thumbnail last, and return the grid (columns, rows)."""
         grid = self.grid(image.size)
-        tiles = self.cut(image, grid)
+        return self.as_tiles(self.cut(image, grid)), grid
+
+    def as_tiles(self, tiles: np.ndarray) -> np.ndarray:
+        """Pictures (N, s, s, 3) uint8 as the model takes tiles and crops, (N, 3, s, s)."""
         if self.do_rescale or self.do_normalize:
             tiles = tiles.astype(np.float32)
         if self.do_rescale:
             tiles = tiles / 255.0 if self.rescale_factor == 1 / 255 else tiles * np.float32(self.rescale_factor)
         if self.do_normalize:
             tiles = (tiles - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
-        return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)), grid
+        return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
 
     def cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
         """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""

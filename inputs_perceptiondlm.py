@@ -14,7 +14,14 @@ from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from .sequence_perceptiondlm import PAD, TokenRoles
 
 
-REGION_TENSORS = ("region_boxes", "region_coverage", "prompt_ids")  # (R, ...)
+REGION_TENSORS = (
+    "region_boxes",
+    "region_coverage",
+    "region_crops",
+    "crop_boxes",
+    "region_appearance",
+    "prompt_ids",
+)  # (R, ...)
 ROW_TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_roles", "region_ids", "num_regions")  # (B, ...)
 
 
@@ -40,6 +47,9 @@ class PromptInputs:
     image_ids: torch.Tensor | None = None
     region_boxes: Any = None
     region_coverage: torch.Tensor | None = None
+    region_crops: Any = None
+    crop_boxes: Any = None
+    region_appearance: torch.Tensor | None = None
     prompt_coverage: torch.Tensor | None = None
     prompt_ids: torch.Tensor | None = None
     encoded_image: EncodedImage | None = None
@@ -49,6 +59,13 @@ class PromptInputs:
     def tensor_names() -> tuple[str, ...]:
         """Names of the tensors."""
         return tuple(item.name for item in fields(PromptInputs) if item.name not in ("encoded_image", "shown_images"))
+
+    @property
+    def cropped_regions(self) -> torch.Tensor:
+        """(Q,) int64: the regions that have a crop."""
+        if self.crop_boxes is None:
+            return torch.empty(0, dtype=torch.int64)
+        return (self.crop_boxes[:, 2] > self.crop_boxes[:, 0]).nonzero()[:, 0]
 
     @property
     def roles(self) -> TokenRoles:
@@ -191,12 +208,30 @@ class PromptInputs:
             name, given, side = "prompt_coverage", self.prompt_coverage, config.patches_per_side
             tiles = sum(num_tiles(self.tile_grids[image].tolist()) for row in self.shown_images for image in row)
             expected = (tiles, config.num_region_prompts, side, side)
+        self._check_own_pixels(config, boxes)
         if given is None or tuple(given.shape) != expected:
             found = "missing" if given is None else tuple(given.shape)
             raise ValueError(
                 f"{name} must have shape {expected} under region_conditioning={config.region_conditioning!r}, got "
                 f"{found}: build the processor with PerceptionDLMProcessor.from_config(model.config, tokenizer)"
             )
+
+    def _check_own_pixels(self, config: PerceptionDLMConfig, regions: int) -> None:
+        """Refuse regions without the crops and colours that this model was trained with, or with others."""
+        side = config.region_crop_size
+        wanted: dict[str, tuple[int, ...] | None] = {
+            "region_crops": (regions, 3, side, side) if side else None,
+            "crop_boxes": (regions, 4) if side else None,
+            "region_appearance": (regions, config.roi_size**2, 6) if config.region_appearance else None,
+        }
+        for name, shape in wanted.items():
+            given = getattr(self, name)
+            if shape is not None and (given is None or tuple(given.shape) != shape):
+                found = "missing" if given is None else tuple(given.shape)
+                raise ValueError(
+                    f"{name} must have shape {shape} for this model, got {found}: build the processor with "
+                    "PerceptionDLMProcessor.from_config(model.config, tokenizer)"
+                )
 
 
 def check_tokens(ids: torch.Tensor, config: PerceptionDLMConfig) -> None:

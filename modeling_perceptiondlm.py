@@ -1,4 +1,4 @@
-"""PerceptionDLM: SigLIP tiles, region replay, and a bidirectional Llama that denoises all captions at once.
+"""PerceptionDLM: encoded tiles, region replay, and a bidirectional Llama that denoises all captions at once.
 
 Reading order: `PerceptionDLMForConditionalGeneration.forward` is the table of contents; the parts stand above it.
 Legend of tensor names: see sequence_perceptiondlm.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, SiglipVisionModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_perceptiondlm import EncodedImage, weights_fingerprint
 from .configuration_perceptiondlm import LOSS_WEIGHTINGS, PerceptionDLMConfig, num_tiles
+from .focal_perceptiondlm import APPEARANCE_CHANNELS, FocalReplay
 from .generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from .generation_perceptiondlm import PerceptionDLMGenerationMixin
 from .inputs_perceptiondlm import PromptInputs
@@ -27,6 +28,7 @@ from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
 from .passes_perceptiondlm import run_packed
 from .region_features_perceptiondlm import RegionReplay, box_geometry, roi_align
 from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
+from .vision_perceptiondlm import build_tower
 
 
 if TYPE_CHECKING:  # named here so that save_pretrained copies these files next to every checkpoint
@@ -54,23 +56,6 @@ class PerceptionDLMOutput(ModelOutput):
     token_losses: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class PromptedSiglipVisionModel(SiglipVisionModel):
-    """SigLIP's vision tower, read at one of its hidden states, with an optional addend per patch (region prompts)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.post_layernorm.requires_grad_(False)  # features are taken before it
-
-    def forward(self, pixel_values: torch.Tensor, feature_layer: int, patch_addend: torch.Tensor | None = None):
-        """(T, 3, H, W) in [-1, 1] to (T, P * P, C): `hidden_states[feature_layer]`; later layers are not run."""
-        hidden_TPC = self.embeddings(pixel_values)
-        if patch_addend is not None:
-            hidden_TPC = hidden_TPC + patch_addend
-        for layer in self.encoder.layers[: len(self.encoder.layers) + 1 + feature_layer]:
-            hidden_TPC = layer(hidden_TPC, None)
-        return hidden_TPC
 
 
 class PerceptionDLMProjector(nn.Module):
@@ -195,11 +180,11 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         super().__init__(config)
         self.generation_config = PerceptionDLMGenerationConfig()
         if not config.text_only:
-            self.vision_tower = PromptedSiglipVisionModel(config.vision_config)
+            self.vision_tower = build_tower(config.vision_config, config.vision_feature_layer)
             self.projector = PerceptionDLMProjector(config)
-            for layer in self.vision_tower.encoder.layers[config.vision_feature_layer :][1:]:
-                layer.requires_grad_(False)  # never run
         self.region_replay = RegionReplay(config)
+        if config.region_crop_size or config.region_appearance:
+            self.focal_replay = FocalReplay(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
         self.language_model = BidirectionalLlamaModel(config.text_config)
@@ -214,7 +199,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         magnitude below the image features they are added to, and be learned late.
         """
         super()._init_weights(module)
-        if any(module is layer for layer in self.region_replay.children()):
+        added = [*self.region_replay.children(), *getattr(self, "focal_replay", nn.Module()).children()]
+        if any(module is layer for layer in added):
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
@@ -278,7 +264,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         inputs = PromptInputs(input_ids, inputs_embeds, attention_mask, pixel_values=pixel_values, **prompt)
         conditioned = self.embed_prompt(inputs.checked(self), training=labels is not None)
         if use_all_parts:
-            idle = pixel_values is None, inputs.region_boxes is None
+            idle = pixel_values is None, inputs.region_boxes is None, len(inputs.cropped_regions) == 0
             conditioned.embeds = self.run_idle_parts(conditioned.embeds, *idle)
         if labels is None:
             assert answer_ids is not None  # one of the two was given
@@ -366,12 +352,21 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return [num_tiles(grid) for grid in inputs.tile_grids.tolist()]
 
     @torch.no_grad()
-    def encode_image(self, pixel_values: torch.Tensor, tile_grids: torch.Tensor, image_sizes: torch.Tensor, **_inputs):
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        tile_grids: torch.Tensor,
+        image_sizes: torch.Tensor,
+        picture: Any = None,
+        **_inputs: Any,
+    ) -> EncodedImage:
         """Encode one image for any number of later calls: `generate(..., encoded_image=...)`.
 
         Args:
             pixel_values, tile_grids, image_sizes: of [`PerceptionDLMProcessor`], for one image; its other keys are
                 ignored.
+            picture: the image itself, which later regions of a model with `region_crop_size` or `region_appearance` are
+                cut out of; the pipeline's `encode_image` gives it.
         Returns:
             [`EncodedImage`], which the processor and the pipeline take in place of the image.
         Raises:
@@ -384,7 +379,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         if len(tile_grids) != 1:
             raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
         PromptInputs(pixel_values=pixel_values, tile_grids=tile_grids).check_tiles(self.config)
-        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self))
+        return EncodedImage(
+            self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self), picture
+        )
 
     def check_encoded_image(self, image: EncodedImage) -> None:
         """Refuse an image that other weights encoded."""
@@ -416,19 +413,42 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 for values in (config.image_mean, config.image_std)
             )
             pixel_values = (pixel_values.float() / 255 - mean) / std
-        pixels = pixel_values.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
-        return self.projector(self.vision_tower(pixels, config.vision_feature_layer, addend))
+        return self.projector(self.vision_tower(pixel_values, config.vision_feature_layer, addend))
 
-    def run_idle_parts(self, embeds: torch.Tensor, no_images: bool, no_regions: bool) -> torch.Tensor:
+    def focus_regions(self, features_RbD: torch.Tensor, inputs: PromptInputs) -> torch.Tensor:
+        """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
+        config, device, crops, chosen = self.config, features_RbD.device, None, None
+        if not (config.region_crop_size or config.region_appearance):
+            return features_RbD
+        if config.region_crop_size:
+            chosen, crops = inputs.cropped_regions, features_RbD[:0]
+            if len(chosen):
+                encoded_QnnD = self.encode_tiles(inputs.region_crops[chosen.to(inputs.region_crops.device)])
+                boxes_Q4 = inputs.crop_boxes[chosen].to(encoded_QnnD.device)
+                bins, samples = config.roi_size, config.roi_sampling_ratio
+                pairs = zip(encoded_QnnD, boxes_Q4, strict=True)
+                crops = torch.cat([roi_align(map_nnD, box_4[None], bins, samples) for map_nnD, box_4 in pairs])
+            chosen = chosen.to(device)
+        appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
+        return self.focal_replay(features_RbD, crops, chosen, appearance)
+
+    def run_idle_parts(
+        self, embeds: torch.Tensor, no_images: bool, no_regions: bool, no_crops: bool = True
+    ) -> torch.Tensor:
         """Embeddings unchanged, with a gradient of zero to what a batch leaves out: an empty tile or region is run."""
         config, replays = self.config, self.config.region_conditioning == "replay"
         if not config.text_only and (no_images or (no_regions and config.region_conditioning == "vision")):
             side, patches = config.vision_config.image_size, config.patches_per_side
             coverage = embeds.new_zeros(1, config.num_region_prompts, patches, patches)
             embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side), coverage).mean()
+        if (side := config.region_crop_size) and no_crops:
+            embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side)).mean()
         if no_regions and replays:
-            cells = config.roi_size * config.coverage_subsamples
-            features = embeds.new_zeros(1, config.roi_size**2, embeds.shape[-1])
+            cells, bins = config.roi_size * config.coverage_subsamples, config.roi_size**2
+            features = embeds.new_zeros(1, bins, embeds.shape[-1])
+            if config.region_crop_size or config.region_appearance:
+                place = torch.zeros(1, dtype=torch.int64, device=embeds.device)
+                features = self.focal_replay(features, features, place, embeds.new_zeros(1, bins, APPEARANCE_CHANNELS))
             replayed = self.region_replay(features, embeds.new_zeros(1, cells, cells), embeds.new_zeros(1, 6))
             embeds = embeds + 0.0 * replayed.mean()
         return embeds
@@ -454,7 +474,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 features.append(roi_align(feature_map, boxes, config.roi_size, config.roi_sampling_ratio))
         coverage = None if inputs.region_coverage is None else inputs.region_coverage.to(device)
         geometry = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
-        return self.region_replay(torch.cat(features), coverage, geometry)
+        return self.region_replay(self.focus_regions(torch.cat(features), inputs), coverage, geometry)
 
     def place_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, bare=False):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""

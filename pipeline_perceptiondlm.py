@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.image_utils import is_valid_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .images_perceptiondlm import is_encoded, is_picture_source
+from .images_perceptiondlm import is_encoded, is_picture_source, load_image
 from .samples_perceptiondlm import BAD_SAMPLE, ahead_of, checked_count, each, named
 
 
@@ -217,8 +217,10 @@ class RegionCaptioningPipeline(Pipeline):
 
     def encode_image(self, image: Any) -> Any:
         """Encode an image once; the result stands for it in later calls, with any regions, questions and settings."""
-        inputs = self.processor(images=image, text=self.processor.region_question)
-        return self.model.encode_image(**inputs.to(self.device))
+        picture = load_image(image)
+        inputs = self.processor(images=picture, text=self.processor.region_question)
+        kept = picture if self.processor.own_pixels.wanted else None
+        return self.model.encode_image(**inputs.to(self.device), picture=kept)
 
     def _forward(self, model_inputs, **generate_kwargs: Any) -> dict[str, Any]:
         return {

@@ -17,6 +17,9 @@ s tile side in pixels, P patches per tile side, K region prompts:
     image_ids        (B,) int64             image of each row, where several rows show groups of one image's regions
     region_boxes     (R, 4) int64           half-open boxes x0, y0, x1, y1 in pixels of the original image
     region_coverage  (R, c, c) float32      under `replay`: share of each cell of the box the mask covers, in [0, 1]
+    region_crops     (R, 3, c, c) uint8     with `region_crop_size` c: crops around the regions, like `pixel_values`
+    crop_boxes       (R, 4) float32         the regions' boxes as fractions of their crops; zeros where one is skipped
+    region_appearance (R, bins², 6) float32 with `region_appearance`: mean and spread of the colours under the mask
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
     prompt_ids       (R,) int64             under `vision`: prompt id of each region
     region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
@@ -36,6 +39,7 @@ from transformers.utils import cached_file, logging
 from .answers_perceptiondlm import decode_answers, encode_answers
 from .batching_perceptiondlm import collate, grouped, split_options
 from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
+from .focal_perceptiondlm import OwnPixels
 from .image_processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMImageProcessor, check_count
 from .importable_perceptiondlm import make_importable
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
@@ -60,13 +64,14 @@ MASK_SAMPLINGS = ("area", "nearest")
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
 REGION_SETTINGS = ("max_regions_per_pass", "resize_masks")  # of a call
 OWN_SETTINGS = (
-    "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions", "system_prompt", "region_question",
+    "crop_context", "crop_max_share", "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions",
+    "system_prompt", "region_question",
 )  # fmt: skip
 LOCATION = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # What processors saved before they read the model's config: its fields, and those of its vision config.
 FORMER_SWITCHES = (
     "region_conditioning", "attention_layout", "use_roi_replay", "num_region_prompts", "roi_size",
-    "coverage_subsamples", "pixel_unshuffle",
+    "coverage_subsamples", "pixel_unshuffle", "region_crop_size", "region_appearance",
 )  # fmt: skip
 
 logger = logging.get_logger(__name__)
@@ -84,6 +89,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template, by default LLaDA's chat format.
         config (`PerceptionDLMConfig`, *optional*): the model's, by default the default one with tiles of the image
             processor's size.
+        crop_context (`float`, defaults to 1.3): side of a crop over the longer side of its region's box.
+        crop_max_share (`float`, defaults to 1.0): regions whose box covers more of the image go without a crop.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
             `vision` a pass never holds more than `num_region_prompts`.
         mask_sampling (`str`): under `vision`, `"area"` gives the share of a patch that a mask covers; `"nearest"` asks
@@ -101,6 +108,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         tokenizer=None,
         chat_template=None,
         config=None,
+        crop_context=1.3,
+        crop_max_share=1.0,
         max_regions_per_pass=None,
         mask_sampling="area",
         mask_threshold=128,
@@ -112,6 +121,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             sizes = {} if config is None else {"tile_size": config.vision_config.image_size}
             image_processor = PerceptionDLMImageProcessor(**sizes)
         self.config = config_of_switches({"tile_size": image_processor.tile_size}) if config is None else config
+        self.crop_context, self.crop_max_share = crop_context, crop_max_share
         self.max_regions_per_pass = max_regions_per_pass
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
@@ -133,6 +143,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
         check_count("mask_threshold", self.mask_threshold)
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255], got {self.mask_threshold}")
+        if self.crop_context < 1 or not 0 <= self.crop_max_share <= 1:
+            raise ValueError(
+                f"crop_context must be at least 1 and crop_max_share in [0, 1], got {self.crop_context!r} and "
+                f"{self.crop_max_share!r}"
+            )
         if type(self.sort_regions) is not bool:
             raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
@@ -202,9 +217,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [
             "input_ids", "attention_mask", "token_roles", "region_ids", "num_regions", "sample_ids", "pixel_values",
-            "tile_grids", "image_sizes", "image_ids", "region_boxes", "region_coverage", "prompt_coverage",
-            "prompt_ids", "region_order",
+            "tile_grids", "image_sizes", "image_ids", "region_boxes", "region_coverage", "region_crops", "crop_boxes",
+            "region_appearance", "prompt_coverage", "prompt_ids", "region_order",
         ]  # fmt: skip
+
+    @property
+    def own_pixels(self) -> OwnPixels:
+        """What regions bring besides their image's tiles."""
+        config = self.config
+        return OwnPixels(
+            config.region_crop_size, config.region_appearance, self.crop_context, self.crop_max_share, config.roi_size
+        )
 
     # --- the call -------------------------------------------------------------------------------------------------
 
@@ -343,6 +366,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             self.mask_sampling,
             self.mask_threshold,
             self.sort_regions,
+            self.own_pixels,
         )
         return reader.passes(image, form, regions, prompt_ids, **settings)
 
@@ -386,14 +410,14 @@ class PerceptionDLMProcessor(ProcessorMixin):
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
             names = [f"images[{index}][{place}]" for place in range(len(group))]
             read = [picture(image, image_processor, name) for image, name in zip(group, names, strict=True)]
-            grids, tiles = [grid for _, grid, _, _ in read], [tiles for tiles, _, _, _ in read if tiles is not None]
+            grids, tiles = [grid for _, grid, *_ in read], [tiles for tiles, *_ in read if tiles is not None]
             if not (is_rendered(prompt, self.tokenizer) if rendered is None else rendered):
                 prompt = self._question(prompt, len(group))
             encoded = encode(prompt, self.tokenizer)
             ids, offsets = expand_images(encoded, grids, self.config, self.tokenizer, f"text[{index}]")
             row = {"sample_id": index, **shared_row(ids), "offsets": offsets, "grids": grids}
             row["tiles"] = np.concatenate(tiles) if tiles else None
-            rows.append({**row, "sizes": [size for _, _, size, _ in read]})
+            rows.append({**row, "sizes": [size for _, _, size, *_ in read]})
         return rows
 
     def _question(self, text: str, num_images: int) -> str:

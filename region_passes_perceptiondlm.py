@@ -11,6 +11,7 @@ import numpy as np
 
 from .configuration_perceptiondlm import PerceptionDLMConfig, nearest_sampling
 from .coverage_perceptiondlm import Region, patch_coverage
+from .focal_perceptiondlm import OwnPixels
 from .image_processing_perceptiondlm import PerceptionDLMImageProcessor, check_count
 from .images_perceptiondlm import is_encoded, read_image
 from .regions_perceptiondlm import regions_of
@@ -25,6 +26,7 @@ class RegionReader:
     mask_sampling: str
     mask_threshold: int
     sort_regions: bool
+    own_pixels: OwnPixels
 
     def passes(
         self, image, form: str, regions, prompt_ids=None, max_regions_per_pass=None, resize_masks=False,
@@ -39,16 +41,18 @@ class RegionReader:
         """
         if self.config.region_conditioning == "none":
             raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
-        tiles, grid, size, turned = picture(image, self.image_processor, f"image{suffix}")
+        tiles, grid, size, turned, whole = picture(image, self.image_processor, f"image{suffix}")
+        whole = self.own_pixels.checked(whole, size, f"image{suffix}")
         found = regions_of(
             size, **{form: regions}, name=f"{form}{suffix}", threshold=self.mask_threshold, resize_masks=resize_masks,
             size_hint=f"; the picture carries EXIF orientation {turned}, see exif" if turned != 1 else "",
         )  # fmt: skip
         nearest = self.config.region_conditioning == "vision" and self.mask_sampling == "nearest"
-        kept, boxes, areas, told = [], [], [], True
+        kept, boxes, areas, own, told = [], [], [], [], True
         for region in found:
             boxes.append(region.box)
             areas.append(region.area)
+            own.append(self.own_pixels.measure(whole, region) if self.own_pixels.wanted else {})
             told = told and region.tells_size
             kept.append(region if nearest else self._coverage(region, grid))
         if turned != 1 and boxes and not (told and turned >= 5 and size[0] != size[1]):
@@ -65,6 +69,7 @@ class RegionReader:
             if nearest:
                 cut, step = lambda mask: self.image_processor.cut(mask, grid), self.config.vision_config.patch_size
                 measured = [nearest_sampling(one, k, cut, step) for one, k in zip(measured, numbers, strict=True)]
+            row |= self.own_pixels.of_pass([own[index] for index in chosen], self.image_processor.as_tiles)
             passes.append(row | self._coverage_of_pass(measured, numbers))
         return passes
 
@@ -107,13 +112,16 @@ class RegionReader:
 
 
 def picture(image: Any, image_processor: PerceptionDLMImageProcessor, name: str):
-    """Tiles, grid, (height, width) and undecided EXIF orientation; an `EncodedImage` has no tiles any more."""
+    """Tiles, grid, (height, width), undecided EXIF orientation and the picture itself, as it was tiled.
+
+    An `EncodedImage` has no tiles any more, and its picture only where the model needs it.
+    """
     if is_encoded(image):
         grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
-        return None, tuple(grid), tuple(size), 1
+        return None, tuple(grid), tuple(size), 1, image.picture
     image, turned = read_image(image, name, image_processor.exif)
     tiles, grid = image_processor.tile(image)
-    return tiles, grid, (image.height, image.width), turned
+    return tiles, grid, (image.height, image.width), turned, image
 
 
 def warn_of_orientation(name: str, orientation: int) -> None:

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
+from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS
+from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
@@ -51,6 +53,17 @@ def scene_texts(seed: int, num_images: int) -> Iterable[str]:
         scene = draw_scene(seed, index)
         yield from (item.caption for item in scene.objects)
         yield from (f"{question}\n{answer}" for question, answer in scene_conversation(scene))
+
+
+def name_texts(repeats: int) -> Iterable[str]:
+    """Captions that name COCO's categories and what is more general, `repeats` of each: frequent enough for a token."""
+    words = [word for entry in NameTable.coco().entries.values() for word in (entry.name, *entry.broader)]
+    sizes, rows, columns = ("tiny", "small", "medium-sized", "large"), ("top", "bottom"), ("left", "right")
+    colours = " and ".join(COLOUR_WORDS)
+    places = " ".join(f"at the {row} {column}" for row in rows for column in columns)
+    for word in dict.fromkeys(words):
+        text = f"{word}, a {word}, an {word}, {colours}, {' '.join(sizes)}, {places}, in the middle"
+        yield from (text for _ in range(repeats))
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | list[int]]:

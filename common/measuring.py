@@ -4,10 +4,12 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -56,6 +58,22 @@ def _resident(name: str) -> int:
     """A line of this process's memory status, in bytes."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
+
+
+def peak_allocation(function: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes of tensors that a call holds at a time, beyond those that were there before it.
+
+    Unlike resident memory this does not depend on what the allocator keeps, and repeats exactly. Slows the call down.
+    """
+    if device.type == "cuda":
+        before = _reset_peak(device)
+        function()
+        return _peak(device) - (before or 0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def _cpu_attention_flops(query, key, value, *_args, out_shape=None, **_kwargs) -> int:

@@ -142,6 +142,7 @@ class CaptionedImage:
         num_forward_passes: denoising passes of the language model.
         generate_seconds: time in `generate`.
         seconds: time from the image to the captions: processing, generation and decoding.
+        scores: the model's confidence per region id, in [0, 1].
     """
 
     image_id: str
@@ -150,14 +151,21 @@ class CaptionedImage:
     num_forward_passes: int
     generate_seconds: float
     seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_output(
-        cls, image_id: str, captions: dict[str, str], output: Any, generate_seconds: float, seconds: float
+        cls,
+        image_id: str,
+        captions: dict[str, str],
+        output: Any,
+        generate_seconds: float,
+        seconds: float,
+        scores: dict[str, float] | None = None,
     ) -> "CaptionedImage":
         """The record of what `generate` returned for an image."""
         slots = round(output.tokens_per_forward * output.num_forward_passes)
-        return cls(image_id, captions, slots, output.num_forward_passes, generate_seconds, seconds)
+        return cls(image_id, captions, slots, output.num_forward_passes, generate_seconds, seconds, scores or {})
 
 
 class CaptionLog:

@@ -57,10 +57,11 @@ def caption_image(
     output = model.generate(**inputs, **generate_kwargs)
     synchronize(model.device)
     generated = time.perf_counter()
-    (texts,) = processor.post_process_region_captions(output)
-    captions = dict(zip(masks, texts, strict=True))
+    (answers,) = processor.post_process_region_captions(output, output_scores=True)
+    captions = {region: answer["caption"] for region, answer in zip(masks, answers, strict=True)}
+    scores = {region: answer["score"] for region, answer in zip(masks, answers, strict=True)}
     seconds = time.perf_counter() - start
-    return CaptionedImage.of_output(image_id, captions, output, generated - generating, seconds)
+    return CaptionedImage.of_output(image_id, captions, output, generated - generating, seconds, scores)
 
 
 def require_pictures(benchmark: Benchmark) -> None:

@@ -37,6 +37,7 @@ from perceptiondlm.evaluation.runner import (
     speed,
 )
 from perceptiondlm.evaluation.scoring import Judge
+from perceptiondlm.scripts.evaluate_photos import evaluate_photos, is_named_regions
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
 
@@ -48,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         default="scenes",
-        help=f"{', '.join(HUB_IDS)} (downloaded), scenes (drawn), or a folder like theirs",
+        help=f"{', '.join(HUB_IDS)} (downloaded), scenes (drawn), photos (named regions, with --data), or a folder of "
+        "either shape",
     )
     parser.add_argument("--data", type=Path, help="a local copy of the dataset, instead of a download")
     parser.add_argument(
         "--seed", type=int, default=1000, help="scenes: seed of the drawn world (training used 1 and 2)"
     )
-    parser.add_argument("--images", type=int, default=100, help="scenes: number of pictures")
+    parser.add_argument("--images", type=int, help="scenes: pictures, by default 100; photos: at most so many")
     parser.add_argument(
         "--captions", type=Path, help='score this file {"IMAGEID_ANNINDEX": caption} instead of a model'
     )
@@ -77,8 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Caption, judge, write, print."""
-    if options.dataset == "scenes" and options.images < 1:
+    if options.dataset == "scenes" and options.images is None:
+        options.images = 100
+    if options.images is not None and options.images < 1:
         raise ValueError(f"num_images must be at least 1, got {options.images}")
+    if is_named_regions(options.dataset, options.data):
+        folder = options.out or Path("outputs") / "evaluate" / "photos"
+        evaluate_photos(options, folder, process_state(), caption)
+        return
     if options.dataset == "scenes" and not options.out and not options.captions:
         run_scenes(options)
         return

@@ -50,10 +50,9 @@ def shards(config: PerceptionDLMConfig) -> Iterator[dict[str, tuple[int, ...]]]:
     yield group
 
 
-def write_source(folder: Path, tokenizer: Path) -> int:
-    """Write the checkpoint shard by shard; returns its bytes."""
+def write_source(folder: Path, tokenizer: Path, config: PerceptionDLMConfig) -> int:
+    """Write a checkpoint of random bf16 weights in the released layout, shard by shard; returns its bytes."""
     folder.mkdir(parents=True)
-    config = released_8b()
     groups = list(shards(config))
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
@@ -61,7 +60,8 @@ def write_source(folder: Path, tokenizer: Path) -> int:
     for number, group in enumerate(tqdm(groups, desc="random shards"), start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {
-            k: torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator) for k, shape in group.items()
+            k: torch.empty(shape, dtype=torch.bfloat16).normal_(std=config.initializer_range, generator=generator)
+            for k, shape in group.items()
         }
         save_file(tensors, folder / name)
         weight_map |= dict.fromkeys(group, name)
@@ -78,13 +78,13 @@ CONVERSION = """
 import dataclasses, json, sys
 from pathlib import Path
 from perceptiondlm.checkpoints.convert import Options, convert
-print(json.dumps(dataclasses.asdict(convert(Options(sys.argv[1], Path(sys.argv[2]))))))
+print(json.dumps(dataclasses.asdict(convert(Options(sys.argv[1], Path(sys.argv[2]), to=sys.argv[3])))))
 """
 
 
-def measure(source: Path, target: Path) -> dict[str, Any]:
+def measure(source: Path, target: Path, to: str = "perceptiondlm") -> dict[str, Any]:
     """Convert in a fresh process; its seconds and peak resident memory."""
-    command = [sys.executable, "-c", CONVERSION, str(source), str(target)]
+    command = [sys.executable, "-c", CONVERSION, str(source), str(target), to]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     return {
@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     try:
-        total = write_source(options.work / "source", options.tokenizer)
+        total = write_source(options.work / "source", options.tokenizer, released_8b())
         result = {"checkpoint_bytes": total, **measure(options.work / "source", options.work / "target")}
     finally:
         shutil.rmtree(options.work)

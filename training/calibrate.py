@@ -68,10 +68,9 @@ def calibrate(run: RunConfig, device: torch.device, layers: int = 2, passes: int
 def slice_of(config: PerceptionDLMConfig, layers: int) -> PerceptionDLMConfig:
     """The config with at most so many layers run on each side, and ids that a vocabulary of any size has."""
     skipped = -1 - config.vision_feature_layer  # behind the features, never run
-    depths = {
-        "text_config": {"num_hidden_layers": min(layers, config.text_config.num_hidden_layers)},
-        "vision_config": {"num_hidden_layers": min(layers + skipped, config.vision_config.num_hidden_layers)},
-    }
+    depths = {"text_config": {"num_hidden_layers": min(layers, config.text_config.num_hidden_layers)}}
+    if depth := config.vision_config.num_hidden_layers:  # a convolutional tower is measured whole
+        depths["vision_config"] = {"num_hidden_layers": min(layers + skipped, depth)}
     return PerceptionDLMConfig.from_dict(changed(config.to_dict(), {**depths, **IDS}))
 
 

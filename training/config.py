@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import LlamaConfig, SiglipVisionConfig, TrainingArguments
+from transformers import LlamaConfig, TrainingArguments
 
+from perceptiondlm.checkpoints.vision_towers import TOWER_WEIGHTS
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, OWN_SETTINGS
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.vision_perceptiondlm import vision_config_class
 
 
 # What can be trained or frozen by name: the model's modules, by the beginnings of their parameters' names.
 PARTS: dict[str, tuple[str, ...]] = {
     "vision_tower": ("vision_tower.",),
     "projector": ("projector.",),
-    "regions": ("region_replay.", "region_prompts."),
+    "regions": ("region_replay.", "focal_replay.", "region_prompts."),
     "language_model": ("language_model.", "lm_head."),
 }
 
@@ -34,11 +36,18 @@ QUANTIZED = ("8bit", "4bit")
 
 @dataclass
 class TokenizerConfig:
-    """The tokenizer to learn: size of its vocabulary (special tokens included) and the scenes it is learned from."""
+    """The tokenizer to learn: its size (special tokens included), and what it is learned from.
+
+    Args:
+        vocab_size: most entries.
+        scenes: drawn scenes of `seed`, whose texts are read.
+        names: how often each name of COCO's categories is read among them, 0 for a model of the drawn world alone.
+    """
 
     vocab_size: int = 1024
     scenes: int = 1000
     seed: int = 1
+    names: int = 0
 
 
 @dataclass
@@ -155,6 +164,7 @@ class RunConfig:
         trainer: keyword arguments of `transformers.TrainingArguments`.
         init_from: checkpoint to start from, a directory or Hub id of this repository's layout; a base model gets fresh
             region parts when `model.region_conditioning` asks for regions. Without, the model starts from nothing.
+        vision_weights: published weights of the vision tower of a model from nothing, "efficientnet-lite0".
         preset: named shape (`PRESETS`) of a model from nothing, and what a plan assumes while `init_from` is not there.
         model: keyword arguments of `PerceptionDLMConfig`; with `init_from`, only what differs from the checkpoint.
         processor: settings of `PerceptionDLMProcessor.from_config`.
@@ -169,6 +179,7 @@ class RunConfig:
     export_dir: str
     trainer: dict[str, Any]
     init_from: str | None = None
+    vision_weights: str | None = None
     preset: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
@@ -191,6 +202,10 @@ class RunConfig:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.init_from is None and self.preset is None and "text_config" not in self.model:
             raise ValueError("give init_from, preset or the sizes of a new model in model.text_config")
+        if self.vision_weights is not None and self.vision_weights not in TOWER_WEIGHTS:
+            raise ValueError(f"vision_weights must be one of {sorted(TOWER_WEIGHTS)}, got {self.vision_weights!r}")
+        if self.vision_weights is not None and self.init_from is not None:
+            raise ValueError("vision_weights is for a model from nothing: init_from has a vision tower of its own")
         if self.resume_with and not self.resume:
             raise ValueError(f"resume_with names {self.resume_with}, but resume is off: add --resume")
         if self.train.frozen_weights not in ("auto", "float32") and not self.trainer.get("bf16"):
@@ -221,12 +236,14 @@ def check_trainer(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_model(values: dict[str, Any]) -> None:
     """Refuse names that `PerceptionDLMConfig` and its sub-configs do not have; they check the values."""
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": LlamaConfig}
+    vision = values.get("vision_config")
+    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    sub_configs = {"vision_config": vision_config_class(kind), "text_config": LlamaConfig}
     check_names(values, _field_names(PerceptionDLMConfig), "model.")
     for name, kind in sub_configs.items():
         if not isinstance(values.get(name, {}), dict):
             raise ValueError(f"model.{name} must be a section, got {values[name]!r}")
-        check_names(values.get(name, {}), {*_field_names(kind), "vision_use_head"}, f"model.{name}.")
+        check_names(values.get(name, {}), {*_field_names(kind), "vision_use_head", "model_type"}, f"model.{name}.")
 
 
 def _field_names(config_class: type) -> list[str]:

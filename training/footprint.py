@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig, num_tiles
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.config import QUANTIZED, RunConfig
+from perceptiondlm.training.data.data_config import REGION_KINDS
 from perceptiondlm.training.modules import count_parameters, prepare_parts
 from perceptiondlm.training.start import changed, model_settings
 
@@ -108,7 +109,7 @@ def planned_sequence(run: RunConfig, config: PerceptionDLMConfig) -> Sequence:
     most = num_tiles((run.processor.get("max_tiles", 6), 1))
     tiles = run.plan.tiles or most
     image = tiles * config.tokens_per_side**2
-    if all(source.kind in ("regions", "scenes") for source in run.data.sources):
+    if all(source.kind in REGION_KINDS for source in run.data.sources):
         regions = run.plan.regions or (1 + config.num_region_prompts) / 2
         answers = round(regions * (run.loss.num_slots + 1) * run.loss.noise_copies)
         text = run.plan.text_tokens + round(regions * (config.roi_size**2 + 1))

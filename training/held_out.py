@@ -19,7 +19,7 @@ from perceptiondlm.images_perceptiondlm import load_image
 from perceptiondlm.regions_perceptiondlm import region_masks
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.data.collator import AnswerCollator
-from perceptiondlm.training.data.data_config import DataConfig
+from perceptiondlm.training.data.data_config import REGION_KINDS, DataConfig
 from perceptiondlm.training.data.mixture import build_mixture
 from perceptiondlm.training.modules import plain_model
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
@@ -41,7 +41,7 @@ class HeldOutEvaluation(TrainerCallback):
         processor, config = trainer.processing_class, plain_model(trainer.model).config
         self.has_regions = config.region_conditioning != "none"
         if (
-            self.source.kind in ("scenes", "regions")
+            self.source.kind in REGION_KINDS
             and not self.has_regions
             and (self.settings.steps or self.settings.at_start)
         ):
@@ -113,7 +113,7 @@ class HeldOutEvaluation(TrainerCallback):
 
     def caption(self, model, step: int) -> dict[str, float]:
         """Caption held-out regions: pictures of the first samples, and `held_out_words` of a region set."""
-        folder, scored = self.run.output_dir / "pictures", self.source.kind == "regions"
+        folder, scored = self.run.output_dir / "pictures", self.source.kind in ("regions", "named_regions")
         scores: list[float] = []
         for index in range(len(self.samples) if scored else min(self.settings.pictures, len(self.samples))):
             sample = self.samples[index]

@@ -1,6 +1,7 @@
 """The model a run starts from: fresh weights with a learned tokenizer, or a checkpoint, with region parts added."""
 
 import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from perceptiondlm.checkpoints.convert import local_folder
 from perceptiondlm.checkpoints.files import Checkpoint
 from perceptiondlm.checkpoints.folder import prepare_config
 from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
-from perceptiondlm.checkpoints.tokenizer import build_tokenizer, scene_texts, special_token_ids
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, name_texts, scene_texts, special_token_ids
+from perceptiondlm.checkpoints.vision_towers import load_tower_weights
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
@@ -72,14 +74,17 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 def fresh_model(run: RunConfig) -> Start:
     """A model with fresh weights, its tokenizer learned from drawn scenes."""
     config, processor = fresh_parts(run)
-    return PerceptionDLMForConditionalGeneration(config), processor
+    model = PerceptionDLMForConditionalGeneration(config)
+    if run.vision_weights is not None:
+        load_tower_weights(model.vision_tower, run.vision_weights)
+    return model, processor
 
 
 def fresh_parts(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor]:
     """Config and processor of a model from nothing."""
     settings = model_settings(run)
     settings["text_config"].pop("vocab_size", None)  # the tokenizer's
-    texts = scene_texts(run.tokenizer.seed, run.tokenizer.scenes)
+    texts = chain(scene_texts(run.tokenizer.seed, run.tokenizer.scenes), name_texts(run.tokenizer.names))
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
     tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
     config = build_config(settings, tokenizer)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perceptiondlm.cache_perceptiondlm import weights_fingerprint
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 
 
@@ -136,6 +137,15 @@ def test_the_question_not_asked_for_longest_is_forgotten_first(model, processor,
     assert ask("First?") == both
     assert ask("Third?") >= first
     assert len(image.prefixes) == 2
+
+
+def test_weights_of_any_size_are_told_apart():
+    """A layer of the 8B shape has more numbers than single precision counts."""
+    layer = torch.nn.Linear(4096, 12288, bias=False, dtype=torch.bfloat16)
+    before = weights_fingerprint(layer)
+    with torch.no_grad():
+        layer.weight[-1, -1] += 1
+    assert weights_fingerprint(layer) != before
 
 
 def test_other_weights_are_refused(tiny_model, tiny_processor, scene):

@@ -13,7 +13,8 @@ for the run's summary), to be read in the order of `LengthGroupedBatches` (batch
 from dataclasses import dataclass, field
 
 
-SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions")
+SOURCE_KINDS = ("scenes", "scene_conversations", "conversations", "regions", "named_regions")
+REGION_KINDS = ("scenes", "regions", "named_regions")
 TURNS = ("one", "all", "all_in_one")
 NOISE_LEVELS = ("region", "sample")
 WEIGHTINGS = ("elbo", "masked", "released")
@@ -25,7 +26,8 @@ class SourceConfig:
 
     Args:
         kind: `scenes` (drawn regions), `scene_conversations` (drawn questions about whole images), `conversations`
-            (parquet) or `regions` (JSON or JSON lines, also .gz).
+            (parquet), `regions` (captioned, JSON or JSON lines, also .gz) or `named_regions` (COCO instances or
+            panoptic, LVIS, or region JSON, captioned by what is true of them).
         path: of a file, a folder or a glob, for sets on disk.
         hub: id of a conversation set on the Hugging Face Hub, instead of `path`; `subset` and `split` choose its part.
         samples: records (rows, images, scenes) an epoch takes: fewer than the set holds are a fixed random subset,
@@ -38,6 +40,9 @@ class SourceConfig:
             stream is one sample, so that `all` is not for streams.
         seed: of the drawn world.
         conversation_share: share of `scenes` that are asked about the whole image instead, in [0, 1].
+        general_share: share of `named_regions` captioned with a word more general than their name, in [0, 1): the more,
+            the surer the model must be to say a name.
+        augment: whether `named_regions` are mirrored and cut out of their picture at random.
 
     Raises:
         ValueError: naming the setting, its value and what is accepted.
@@ -54,6 +59,8 @@ class SourceConfig:
     turns: str = "one"
     seed: int = 1
     conversation_share: float = 0.0
+    general_share: float = 0.25
+    augment: bool = True
 
     def __post_init__(self):
         _check_choice("sources.kind", self.kind, SOURCE_KINDS)
@@ -62,8 +69,11 @@ class SourceConfig:
             raise ValueError(f"sources.samples must be at least 1, got {self.samples}")
         if not 0 <= self.conversation_share <= 1:
             raise ValueError(f"sources.conversation_share must be in [0, 1], got {self.conversation_share}")
+        if not 0 <= self.general_share < 1:
+            raise ValueError(f"sources.general_share must be in [0, 1), got {self.general_share}")
         given = " and ".join(name for name in ("path", "hub") if getattr(self, name) is not None)
-        accepted = {"conversations": ("path", "hub"), "regions": ("path",)}.get(self.kind, ("",))
+        on_disk = {"conversations": ("path", "hub"), "regions": ("path",), "named_regions": ("path",)}
+        accepted = on_disk.get(self.kind, ("",))
         if given not in accepted:
             needed = " or ".join(accepted) or "neither path nor hub"
             raise ValueError(f"a source of kind {self.kind!r} needs {needed}, got {given or 'neither'}")

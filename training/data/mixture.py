@@ -22,6 +22,7 @@ from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 from perceptiondlm.training.data.bad_records import COUNTS, BadRecord
 from perceptiondlm.training.data.conversations import ConversationSource
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.named_regions import NamedRegionSource
 from perceptiondlm.training.data.processes import Peers, local_cores, of_everyone
 from perceptiondlm.training.data.region_sets import RegionSource
 from perceptiondlm.training.data.scene_sources import SceneSource
@@ -247,4 +248,6 @@ def build_source(settings: SourceConfig, data: DataConfig, answers: AnswerFormat
         return StreamedRows(settings, answers, key, cache_dir)
     if settings.kind == "regions":
         return RegionSource(settings, answers, key, cache_dir)
+    if settings.kind == "named_regions":
+        return NamedRegionSource(settings, answers, key)
     return ConversationSource(settings, answers, key, cache_dir)

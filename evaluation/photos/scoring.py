@@ -1,0 +1,156 @@
+"""Scores of captions of named regions: right name, truly more general name, wrong name; colours; calibration.
+
+The protocol: the name a caption gives (`NameTable.said`) is compared with the accepted words of the annotated category.
+A caption that names nothing, a thing or an object is wrong. Colours are right where every colour word of the caption
+covers at least `TRUE_SHARE` of the region's pixels. All shares are in percent.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from perceptiondlm.evaluation.photos.annotations import NamedPicture
+from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS, TRUE_SHARE, colour_shares
+from perceptiondlm.evaluation.photos.names import VERDICTS, NameTable
+
+
+# Regions by share of the picture, and what the report calls them.
+SIZE_LIMITS = (("below 0.3 %", 0.003), ("0.3 to 2 %", 0.02), ("2 to 10 %", 0.1), ("above 10 %", 1.01))
+RELIABILITY_BINS = 10
+COLOUR_PATTERN = re.compile(rf"\b({'|'.join((*COLOUR_WORDS, 'gray'))})\b")
+
+
+@dataclass(frozen=True)
+class RegionResult:
+    """One region's caption, judged.
+
+    Args:
+        region_id: picture and index of the region.
+        category: as annotated; isthing: whether it can be counted.
+        share: of the picture's pixels, in (0, 1].
+        caption: the text; score: the model's own confidence in [0, 1], None where captions come without.
+        said: the name found in it, if any; verdict: one of `VERDICTS`.
+        colours_right: whether all colours it names are there; None where it names none.
+    """
+
+    region_id: str
+    category: str
+    isthing: bool
+    share: float
+    caption: str
+    score: float | None
+    said: str | None
+    verdict: str
+    colours_right: bool | None
+
+
+def score_picture(
+    picture: NamedPicture,
+    region_ids: Sequence[str],
+    captions: Mapping[str, str],
+    scores: Mapping[str, float],
+    table: NameTable,
+) -> list[RegionResult]:
+    """Judge the captions of one picture's regions; a caption that is missing is an empty one."""
+    image = picture.open()
+    pixels, masks = np.asarray(image), picture.masks((image.height, image.width))
+    results = []
+    for region, region_id, mask in zip(picture.regions, region_ids, masks, strict=True):
+        caption = captions.get(region_id, "")
+        results.append(
+            RegionResult(
+                region_id,
+                region.category,
+                region.isthing,
+                float(mask.mean()),
+                caption,
+                scores.get(region_id),
+                table.said(caption),
+                table.verdict(caption, region.category),
+                colours_right(caption, colour_shares(pixels, mask)),
+            )
+        )
+    return results
+
+
+def colours_right(caption: str, shares: Mapping[str, float]) -> bool | None:
+    """Whether every colour a caption names is there; None where it names none.
+
+    Colours are looked for behind the name where the caption lists them, as in "an orange, green": a fruit is no colour.
+    """
+    _, comma, listed = caption.lower().partition(",")
+    said = {word.replace("gray", "grey") for word in COLOUR_PATTERN.findall(listed if comma else caption.lower())}
+    return all(shares.get(word, 0.0) >= TRUE_SHARE for word in said) if said else None
+
+
+def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
+    """The report's numbers, JSON-ready: all regions, by size, things and stuff, colours, calibration.
+
+    Raises:
+        ValueError: without any region.
+    """
+    if not results:
+        raise ValueError("no region was scored")
+    tests: dict[str, Callable[[RegionResult], bool]] = {
+        "all": lambda _: True,
+        "things": lambda one: one.isthing,
+        "stuff": lambda one: not one.isthing,
+    }
+    low = 0.0
+    for name, limit in SIZE_LIMITS:
+        tests[name] = partial(_between, low, limit)
+        low = limit
+    tests["things below 0.3 %"] = lambda one: one.isthing and one.share < SIZE_LIMITS[0][1]
+    rows = {name: verdict_shares([one for one in results if test(one)]) for name, test in tests.items()}
+    coloured = [one.colours_right for one in results if one.colours_right is not None]
+    return {
+        "num_regions": len(results),
+        "num_pictures": len({one.region_id.rpartition("_")[0] for one in results}),
+        "shares": rows,
+        "colours_right": 100 * sum(coloured) / len(coloured) if coloured else None,
+        "captions_with_colours": 100 * len(coloured) / len(results),
+        "calibration": calibration(results),
+    }
+
+
+def _between(low: float, limit: float, one: RegionResult) -> bool:
+    return low <= one.share < limit
+
+
+def verdict_shares(results: Sequence[RegionResult]) -> dict[str, float | int | None]:
+    """Percent of regions by verdict, `right_or_general` beside them, and their number."""
+    count, verdicts = len(results), Counter(one.verdict for one in results)
+    shares = {verdict: 100 * verdicts[verdict] / count if count else None for verdict in VERDICTS}
+    either = 100 * (verdicts["right"] + verdicts["general"]) / count if count else None
+    return {"regions": count, **shares, "right_or_general": either}
+
+
+def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
+    """How far a caption's score is the chance that it is true (right or truly more general).
+
+    Returns:
+        `bins` of equal width with `score` (mean), `true` (share) and `regions`; `expected_error`, the mean distance of
+        the two over regions (ECE); None where captions come without scores.
+    """
+    scored = [(one.score, one.verdict != "wrong") for one in results if one.score is not None]
+    if not scored:
+        return None
+    bins, error = [], 0.0
+    for number in range(RELIABILITY_BINS):
+        inside = [pair for pair in scored if min(int(pair[0] * RELIABILITY_BINS), RELIABILITY_BINS - 1) == number]
+        if inside:
+            mean, true = (sum(values) / len(inside) for values in zip(*inside, strict=True))
+            bins.append({"score": mean, "true": true, "regions": len(inside)})
+            error += abs(mean - true) * len(inside) / len(scored)
+    return {"bins": bins, "expected_error": error}
+
+
+def most_frequent_name(pictures: Sequence[NamedPicture], table: NameTable) -> str:
+    """What captions would say that know no picture: the commonest category's name among these (training) pictures."""
+    counts = Counter(region.category for picture in pictures for region in picture.regions)
+    return table[counts.most_common(1)[0][0]].name
