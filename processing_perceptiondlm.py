@@ -314,7 +314,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         ]
         messages = chats if batched else chats[0]
         if not tokenize:
-            return super().apply_chat_template(messages, *args, **kwargs)
+            return super().apply_chat_template(conversation, *args, **kwargs)
         own = {**(kwargs.pop("processor_kwargs", None) or {}), "rendered": True}
         kwargs.pop("sanitize_control_tokens", None)  # it is done in any case
         if kwargs.get("return_tensors", "pt") in ("auto", None):

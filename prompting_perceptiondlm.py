@@ -8,6 +8,7 @@ Ids and roles are documented in processing_perceptiondlm.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from .configuration_perceptiondlm import LAYOUTS, PerceptionDLMConfig, num_tiles
@@ -132,7 +133,7 @@ def chat_messages(conversation: Any, write: Callable[[str], str]) -> list[dict[s
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"a conversation is {conversation!r:.80}; accepted: a list of messages, one at least")
     messages = []
-    for index, message in enumerate(conversation):
+    for index, message in enumerate(map(_as_dict, conversation)):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {index} is {message!r:.80}; accepted: a dict with role and content")
         content = message.get("content")
@@ -146,7 +147,15 @@ def chat_messages(conversation: Any, write: Callable[[str], str]) -> list[dict[s
     return messages
 
 
+def _as_dict(value: Any) -> Any:
+    """The dict of a message or part that is an object: a dataclass or a pydantic model."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
 def _part(part: Any, write: Callable[[str], str]) -> dict[str, Any]:
+    part = _as_dict(part)
     if not isinstance(part, Mapping):
         raise TypeError(f"a part of a message is a {type(part).__name__}; accepted: dicts with a type")
     kind = part.get("type")
