@@ -1,6 +1,7 @@
 # make demo      caption the regions of a sample image with the embedded model
 # make test      the whole test suite
 # make lint      formatting, lint and types
+# make peers     transformers' own common tests on this project's classes (fetches its source distribution)
 # make miniature train the paper's five stages in miniature and score each, under 30 minutes on two cores
 # make default   train the embedded model again and put it into the repository root
 VENV ?= .venv
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint miniature default clean
+.PHONY: demo test lint peers miniature default clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +32,9 @@ lint: $(INSTALLED)
 		-p perceptiondlm.training -p perceptiondlm.studies -p perceptiondlm.scripts \
 		-m perceptiondlm.modeling_perceptiondlm -m perceptiondlm.processing_perceptiondlm \
 		-m perceptiondlm.pipeline_perceptiondlm
+
+peers: $(INSTALLED)
+	TRANSFORMERS_SDIST=download $(BIN)/python -m pytest tests/peers
 
 miniature: $(INSTALLED)
 	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json

@@ -202,6 +202,16 @@ class PerceptionDLMConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in transformers, but another model's config is a `ValueError`, not one of 8 billion parameters."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"this is the config of a model of type {found!r}, {cls.__name__} takes {cls.model_type!r}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def layout(self) -> FullLayout:
         """The attention layout's rules."""

@@ -47,7 +47,8 @@ class PerceptionDLMOutput(ModelOutput):
         masked (`torch.BoolTensor` of shape `(A, G)`, when `labels` are given): the slots that the noise masked.
         token_losses (`torch.FloatTensor` of shape `(A, G)`, when `labels` are given): their negative log-likelihoods, 0
             elsewhere; no gradient flows through these.
-        hidden_states, attentions (tuples of tensors, when asked for): of the language model's layers, over packed rows.
+        hidden_states, attentions (tuples of tensors, when asked for): of the language model's layers, over packed rows
+            (prompt, then answers): (B, X, D), first the embeddings, last before the final norm; (B, heads, X, X).
     """
 
     loss: torch.Tensor | None = None
@@ -150,7 +151,8 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes=False, **kwargs):
         """As in transformers, but a checkpoint that does not fill exactly this config's weights is a `ValueError`.
 
-        `ignore_mismatched_sizes=True` returns to transformers' behaviour: a warning, and fresh weights where needed.
+        `ignore_mismatched_sizes=True` returns to transformers' behaviour: a warning, and fresh weights where needed; so
+        does `None` in place of a checkpoint, with `config` and `state_dict`.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
@@ -161,7 +163,7 @@ class PerceptionDLMPreTrainedModel(PreTrainedModel):
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
             if info[kind]
         ]
-        if problems and not ignore_mismatched_sizes:
+        if problems and not ignore_mismatched_sizes and pretrained_model_name_or_path is not None:
             raise ValueError(
                 f"the weights in {pretrained_model_name_or_path} and the config disagree: {'; '.join(problems)}. Load "
                 "the config that belongs to them, or pass ignore_mismatched_sizes=True to initialise what is missing"

@@ -186,6 +186,8 @@ def efficientnet_lite_weights(state: Mapping[str, torch.Tensor]) -> dict[str, to
 class PromptedSiglipVisionModel(SiglipVisionModel):
     """SigLIP's vision tower, read at one of its hidden states, with an optional addend per patch (region prompts)."""
 
+    _can_record_outputs: dict = {}  # noqa: RUF012  its layers are not among those that `output_hidden_states` asks for
+
     def __init__(self, config):
         super().__init__(config)
         self.post_layernorm.requires_grad_(False)  # features are taken before it

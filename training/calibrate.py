@@ -11,6 +11,7 @@ from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGene
 from perceptiondlm.training.config import RunConfig
 from perceptiondlm.training.footprint import Sequence, flop_per_sample, planned_config, planned_sequence
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
+from perceptiondlm.training.recomputation import recompute_activations
 from perceptiondlm.training.start import changed
 
 
@@ -52,7 +53,7 @@ def calibrate(run: RunConfig, device: torch.device, layers: int = 2, passes: int
         model = prepare_parts(PerceptionDLMForConditionalGeneration(config), run.train).train()
         batch = synthetic_batch(config, sequence)
     if run.trainer.get("gradient_checkpointing"):
-        plain_model(model).gradient_checkpointing_enable()
+        recompute_activations(plain_model(model))
         plain_model(model).disable_input_require_grads()  # as the trainer does
     seconds = []
     for _ in tqdm(range(passes + 1), desc="measuring", leave=False):

@@ -18,6 +18,7 @@ from perceptiondlm.checkpoints.vision_towers import TOWER_WEIGHTS
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, OWN_SETTINGS
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.recomputation import NEWER_NAMES, declared, settled
 from perceptiondlm.vision_perceptiondlm import vision_config_class
 
 
@@ -228,10 +229,15 @@ class RunConfig:
 def check_trainer(values: dict[str, Any]) -> dict[str, Any]:
     """`trainer` with values of the types that `TrainingArguments` declares."""
     hints = typing.get_type_hints(TrainingArguments)
-    check_names(values, (f.name for f in dataclasses.fields(TrainingArguments) if f.init), "trainer.")
+    values = settled(values)
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    check_names(values, known | set(NEWER_NAMES), "trainer.")
     if "output_dir" not in values:
         raise ValueError("missing settings ['trainer.output_dir']")
-    return {name: checked(hints[name], value, f"trainer.{name}") for name, value in values.items()}
+    return {
+        name: checked(hints[kept], value, f"trainer.{name}")
+        for (name, value), kept in zip(values.items(), declared(values), strict=True)
+    }
 
 
 def check_model(values: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.training.config import PARTS, LoraConfig, TrainConfig
+from perceptiondlm.training.recomputation import peft_asking
 
 
 ADAPTER_PREFIX = "base_model.model."  # of every parameter of a model with adapters
@@ -52,7 +53,8 @@ def add_adapters(model: PerceptionDLMForConditionalGeneration, config: LoraConfi
         target_modules=config.target_modules,
         modules_to_save=sorted(whole) or None,
     )
-    return peft.get_peft_model(model, settings)
+    with peft_asking():
+        return peft.get_peft_model(model, settings)
 
 
 def plain_model(model: Any) -> PerceptionDLMForConditionalGeneration:

@@ -29,6 +29,7 @@ from perceptiondlm.training.footprint import Machine
 from perceptiondlm.training.held_out import HeldOutEvaluation
 from perceptiondlm.training.modules import count_parameters, plain_model, prepare_parts
 from perceptiondlm.training.planner import make_plan, show_plan
+from perceptiondlm.training.recomputation import declared, peft_asking
 from perceptiondlm.training.run_folder import claim_folder, leave_marks
 from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
@@ -62,7 +63,7 @@ def trainer_arguments(run: RunConfig) -> TrainingArguments:
             )
         settings["gradient_accumulation_steps"] = run.batch_size // share
     refuse_sharding_on_cpu(settings.get("use_cpu", False))
-    arguments = TrainingArguments(**settings)
+    arguments = TrainingArguments(**declared(settings))
     if arguments.n_gpu > 1:
         raise ValueError(f"{arguments.n_gpu} GPUs in one process: start one process per GPU, accelerate launch")
     if launched > 1 and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
@@ -155,7 +156,8 @@ def merge_adapter(run: RunConfig, folder: Path, seed: int) -> torch.nn.Module:
 
     set_seed(seed)  # as in `make_trainer`: fresh parts are the same
     model, _ = build_model(run, as_stored=True)
-    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with peft_asking():
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def summarize(run: RunConfig, trainer: PerceptionDLMTrainer) -> dict[str, Any]:

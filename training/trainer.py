@@ -16,6 +16,7 @@ from perceptiondlm.training.data.streaming import StreamOrder
 from perceptiondlm.training.ema import MovingAverage
 from perceptiondlm.training.meter import Meter
 from perceptiondlm.training.modules import parameter_groups, plain_model
+from perceptiondlm.training.recomputation import recomputation_kwargs
 from perceptiondlm.training.sharding import GradientGuard, checkpoint_bytes, exact_policy, own_class, whole_weights
 
 
@@ -75,7 +76,7 @@ class PerceptionDLMTrainer(Trainer):
         DeepSpeed steps inside backward: what is wrong with a gradient must be noticed there.
         """
         model = plain_model(self.model)
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        reentrant = recomputation_kwargs(self.args).get("use_reentrant", False)
         if getattr(model, "_require_grads_hooks", None) and not reentrant:
             model.disable_input_require_grads()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from model_batches import SLOTS, generate, masks_of
 from model_passes import embed
 
 from perceptiondlm import language_perceptiondlm, sampling_perceptiondlm
@@ -14,25 +15,8 @@ from perceptiondlm.passes_perceptiondlm import StaticPasses
 from perceptiondlm.sampling_perceptiondlm import TokenSampler
 
 
-SLOTS = 6
-
-
-def masks_of(scene) -> list:
-    return [item.mask for item in scene.objects]
-
-
-def generate(model, batch, **settings):
-    return model.generate(**batch, **{"max_new_tokens": SLOTS, "steps": SLOTS, **settings})
-
-
 def many_boxes(count: int) -> list[list[int]]:
     return [[4 * i % 90, 3 * i % 40, 4 * i % 90 + 20 + i % 7, 3 * i % 40 + 9 + i % 5] for i in range(count)]
-
-
-@pytest.fixture
-def batch(processor, scene):
-    """Three regions of one image."""
-    return processor(images=scene.image, masks=masks_of(scene))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_batches import masks_of
 
 from perceptiondlm.cache_perceptiondlm import weights_fingerprint
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
@@ -9,10 +10,6 @@ from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 
 SETTINGS = {"max_new_tokens": 6, "steps": 6}
 QUESTION = "What is in each masked region?"
-
-
-def masks_of(scene) -> list:
-    return [item.mask for item in scene.objects]
 
 
 @pytest.fixture

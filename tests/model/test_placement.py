@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_align_device_hook_on_blocks
+from model_batches import masks_of
 from model_passes import embed
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +21,6 @@ from perceptiondlm.modeling_perceptiondlm import scatter_features
 
 
 SETTINGS = {"max_new_tokens": 6, "steps": 6}
-
-
-def masks_of(scene) -> list:
-    return [item.mask for item in scene.objects]
 
 
 @pytest.mark.parametrize("conditioning", ["replay", "vision"])

@@ -24,6 +24,7 @@ from perceptiondlm.training.footprint import (
 )
 from perceptiondlm.training.modules import count_parameters, prepare_parts
 from perceptiondlm.training.planner import make_plan, micro_batch, planned_samples, planned_steps
+from perceptiondlm.training.recomputation import recompute_activations
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -113,7 +114,7 @@ def test_operations_are_those_that_torch_counts(parts, checkpointing):
     model = PerceptionDLMForConditionalGeneration._from_config(config, attn_implementation="eager")
     model = prepare_parts(model, run.train).train()
     if checkpointing == "true":
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
         model.disable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
         model(**synthetic_batch(config, sequence)).loss.backward()

@@ -6,29 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+from model_batches import SLOTS, generate, masks_of
 from model_passes import passes
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perceptiondlm import language_perceptiondlm
 from perceptiondlm.drawn.scenes import draw_scene
-
-
-SLOTS = 6
-
-
-def masks_of(scene) -> list:
-    return [item.mask for item in scene.objects]
-
-
-def generate(model, batch, **settings):
-    return model.generate(**batch, **{"max_new_tokens": SLOTS, "steps": SLOTS, **settings})
-
-
-@pytest.fixture
-def batch(processor, scene):
-    """Three regions of one image."""
-    return processor(images=scene.image, masks=masks_of(scene))
 
 
 # --- flash attention ----------------------------------------------------------------------------------------------
