@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 
+MOST_BYTES_OF_A_RUN = 12  # of a compressed RLE: 60 bits
 STRIPS_AT_ONCE = 4096  # bounds the memory of pooling: this many times R + C numbers
 
 
@@ -196,3 +197,51 @@ def _checked_edges(edges: np.ndarray, limit: int, name: str) -> np.ndarray:
     if not (inside and (np.diff(edges) > 0).all()):
         raise ValueError(f"{name} is {edges.tolist()}; accepted: 2 or more increasing values in [0, {limit}]")
     return edges
+
+
+def decode_counts(counts: str | bytes, name: str) -> np.ndarray:
+    """Runs of a compressed COCO RLE: 5 bits a byte, from the fourth run on as difference to two runs before.
+
+    Read here because pycocotools decodes a string cut short into uninitialised memory; runs can be checked.
+    """
+    text = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    strange = np.flatnonzero((codes < 0) | (codes > 63))
+    if strange.size:
+        raise ValueError(f"{name} has byte {codes[strange[0]] + 48} in its RLE string; accepted: 48 to 111")
+    ends = np.flatnonzero((codes & 32) == 0)  # the last byte of a number, which carries its sign
+    if codes.size and (ends.size == 0 or ends[-1] != codes.size - 1):
+        raise ValueError(f"{name} has an RLE string that ends inside a number; accepted: complete strings")
+    if not ends.size:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > MOST_BYTES_OF_A_RUN:
+        raise ValueError(f"{name} has a number of {lengths.max()} bytes in its RLE string; accepted: up to 12")
+    place = np.arange(codes.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    if np.abs(runs).sum(dtype=np.float64) >= 2**62:
+        raise ValueError(f"{name} has RLE counts whose sum is beyond any image; accepted: runs that fit the image")
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
+
+
+def patch_coverage(region: Region, grid: tuple[int, int], patches: int) -> np.ndarray:
+    """Share that a region covers of every patch of an image's tiles, thumbnail last.
+
+    Args:
+        grid: columns and rows of the image's tiles.
+        patches: P, patches along one side of a tile.
+
+    Returns:
+        float32 (tiles, P, P) in [0, 1].
+    """
+    height, width = region.image_size
+
+    def share(columns: int, rows: int) -> np.ndarray:
+        x_edges, y_edges = (np.linspace(0, length, n * patches + 1) for length, n in ((width, columns), (height, rows)))
+        cover = region.pool(x_edges, y_edges).reshape(rows, patches, columns, patches)
+        return cover.transpose(0, 2, 1, 3).reshape(rows * columns, patches, patches)
+
+    return share(1, 1) if grid == (1, 1) else np.concatenate((share(*grid), share(1, 1)))

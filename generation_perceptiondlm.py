@@ -129,7 +129,8 @@ class PerceptionDLMGenerationMixin:
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:
-            return torch.cat((input_ids[rows[order]], canvas.ids[order]), dim=1)
+            answers = ended(canvas.ids[order], self.config.end_of_turn_token_id, self.config.end_of_text_token_id)
+            return torch.cat((input_ids[rows[order]], answers), dim=1)
         return PerceptionDLMGenerationOutput(
             sequences=canvas.ids[order],
             confidences=canvas.confidence[order],
@@ -214,6 +215,12 @@ class PerceptionDLMGenerationMixin:
             )
         except OSError:
             logger.info("no generation_config.json at %s: using the defaults", pretrained_model_name_or_path)
+
+
+def ended(ids_AG: torch.Tensor, end_of_turn: int, end_of_text: int) -> torch.Tensor:
+    """Answers (A, G) with nothing but `end_of_text` behind the first token that ends each."""
+    ends = (ids_AG == end_of_turn) | (ids_AG == end_of_text)
+    return ids_AG.masked_fill(ends.cumsum(dim=1) - ends.long() > 0, end_of_text)
 
 
 def caller_order(samples_A: torch.Tensor, region_order: torch.Tensor | None) -> torch.Tensor:

@@ -10,19 +10,17 @@ with objects, too.
 
 import itertools
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.image_utils import is_valid_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .images_perceptiondlm import is_encoded, is_picture_source, load_image
+from .samples_perceptiondlm import BAD_SAMPLE, ahead_of, checked_count, each, named
 
 
 TASK = "region-captioning"
@@ -31,7 +29,6 @@ SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
 PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks")
 ON_ERROR = ("raise", "skip")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-BAD_SAMPLE = (ValueError, TypeError, OSError)  # what reading and preparing a bad sample raises
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +87,8 @@ class RegionCaptioningPipeline(Pipeline):
         """
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {ON_ERROR}, got {on_error!r}")
-        size = self._count("batch_size", batch_size, self._batch_size, 1)
-        workers = self._count("num_workers", num_workers, self._num_workers, 0)
+        size = checked_count("batch_size", batch_size, self._batch_size, 1)
+        workers = checked_count("num_workers", num_workers, self._num_workers, 0)
         preprocess_params, forward_params, _ = self._sanitize_parameters(**kwargs)
         params = ({**self._preprocess_params, **preprocess_params}, {**self._forward_params, **forward_params})
         regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
@@ -107,13 +104,6 @@ class RegionCaptioningPipeline(Pipeline):
         if given:
             raise ValueError(f"a dataset's samples carry their own regions: leave out {sorted(given)}")
         return self._run(images, *params, size, workers, on_error)
-
-    @staticmethod
-    def _count(name: str, given: Any, default: Any, least: int) -> int:
-        value = next((value for value in (given, default) if value is not None), least)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        return value
 
     def _sanitize_parameters(self, **kwargs):
         preprocess = {name: kwargs.pop(name) for name in PROCESSOR_KEYS if name in kwargs}
@@ -143,8 +133,8 @@ class RegionCaptioningPipeline(Pipeline):
     ) -> Iterator:
         """Samples through preparation, model and postprocessing in batches; results one by one, in order."""
         work = partial(self._prepare, single=single, **preprocess_params)
-        numbered = enumerate(_each(samples, skip=on_error == "skip"))
-        prepared = _ahead(numbered, work, workers, batch_size + workers)
+        numbered = enumerate(each(samples, skip=on_error == "skip"))
+        prepared = ahead_of(numbered, work, workers, batch_size + workers)
         went_through = False
         while batch := list(itertools.islice(prepared, batch_size)):
             bad = next((sample for sample in batch if sample.error is not None), None)
@@ -189,7 +179,7 @@ class RegionCaptioningPipeline(Pipeline):
             prepared.encoded_image = image if is_encoded(image) else None
             prepared.passes = self.processor.region_passes(image, given[0], sample[given[0]], **processor_kwargs)
         except BAD_SAMPLE as error:
-            prepared.error = _named(error, prepared.number)
+            prepared.error = named(error, prepared.number)
         return prepared
 
     def _caption(self, samples: list[PreparedSample], forward_params) -> list[list[dict[str, Any]]]:
@@ -209,7 +199,7 @@ class RegionCaptioningPipeline(Pipeline):
                 try:
                     results += self._caption([sample], forward_params)
                 except BAD_SAMPLE as error:
-                    sample.error = _named(error, sample.number)
+                    sample.error = named(error, sample.number)
         return results
 
     def preprocess(self, samples: list[PreparedSample]) -> dict[str, Any]:
@@ -251,53 +241,6 @@ class RegionCaptioningPipeline(Pipeline):
             [{**region, "box": dict(zip(CORNERS, next(corners), strict=True))} for region in regions]
             for regions in captions
         ]
-
-
-def _each(samples: Any, skip: bool) -> Iterator[Any]:
-    """The samples, one by one. A sequence ends at its length; with `skip` a place that cannot be read is its error."""
-    indexed = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
-    if not indexed or isinstance(samples, IterableDataset):
-        yield from samples
-    elif isinstance(samples, (Sequence, Dataset)) or hasattr(samples, "column_names"):
-        for index in range(len(samples)):
-            try:
-                sample = samples[index]
-            except BAD_SAMPLE as error:
-                if not skip:
-                    raise
-                sample = error
-            yield sample
-    else:
-        yield from itertools.islice(iter(samples), len(samples))
-
-
-def _ahead(items: Iterable[Any], work: Any, workers: int, ahead: int) -> Iterator[Any]:
-    """The results of `work` on every item, in order; with workers, those of the next items are made beside."""
-    if not workers:
-        yield from map(work, items)
-        return
-    waiting: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _named(error: Exception, number: int | None) -> Exception:
-    """The error with the number of its sample, counted from the start of the run."""
-    if number is None:
-        return error
-    kinds = (FileNotFoundError, OSError, TypeError, ValueError)
-    named = next(kind for kind in kinds if isinstance(error, kind))(f"sample {number}: {error}")
-    named.__cause__ = error
-    return named
 
 
 if TASK not in PIPELINE_REGISTRY.supported_tasks:

@@ -1,4 +1,4 @@
-"""Processor of PerceptionDLM: tiling, regions as coverage and boxes, the prompt, batching and post-processing.
+"""Processor of PerceptionDLM: tiles, regions as coverage and boxes, the prompt, and what `generate` returned as text.
 
 Keys of a batch (the model documents none of them again). B rows, L prompt tokens, T tiles and R regions over all rows,
 s tile side in pixels, P patches per tile side, K region prompts:
@@ -23,71 +23,72 @@ s tile side in pixels, P patches per tile side, K region prompts:
     prompt_coverage  (T, K, P, P) float32   under `vision`: share of each patch covered by the region with prompt id k
     prompt_ids       (R,) int64             under `vision`: prompt id of each region
     region_order     (R,) int64             with `sort_regions`: place of each region in the order it was given
+    assistant_masks  (B, L) int64           with `return_assistant_tokens_mask`: 1 for tokens that the assistant said
 """
 
-import warnings
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file, logging
 
-from .configuration_perceptiondlm import (
-    ATTENTION_LAYOUTS,
-    LAYOUTS,
-    REGION_CONDITIONINGS,
-    nearest_sampling,
-    num_tiles,
-)
-from .coverage_perceptiondlm import Region
+from .answers_perceptiondlm import decode_answers, encode_answers
+from .batching_perceptiondlm import collate, grouped, split_options
+from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from .focal_perceptiondlm import OwnPixels
-from .images_perceptiondlm import is_encoded, read_image
+from .image_processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMImageProcessor, check_count
+from .importable_perceptiondlm import make_importable
 from .pipeline_perceptiondlm import RegionCaptioningPipeline  # noqa: F401 - registers the task with the processor
-from .regions_perceptiondlm import regions_of
-from .sequence_perceptiondlm import ROI, SEPARATOR, SHARED
+from .prompting_perceptiondlm import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    IMAGE_TOKEN,
+    ROI_TOKEN,
+    chat_messages,
+    chats_of,
+    encode,
+    expand_images,
+    guarded,
+    is_rendered,
+    region_row,
+    shared_row,
+)
+from .region_passes_perceptiondlm import RegionReader, picture
 
 
-IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
-ROI_TOKEN, CAPTION_TOKEN, PROMPT_TOKEN = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>", "<Prompt{}>"
-MASK_TOKEN, END_OF_TURN, END_OF_TEXT = "<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>"
-START_HEADER = "<|start_header_id|>"
 MASK_SAMPLINGS = ("area", "nearest")
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
+REGION_SETTINGS = ("max_regions_per_pass", "resize_masks")  # of a call
+OWN_SETTINGS = (
+    "crop_context", "crop_max_share", "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions",
+    "system_prompt", "region_question",
+)  # fmt: skip
+LOCATION = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What processors saved before they read the model's config: its fields, and those of its vision config.
+FORMER_SWITCHES = (
+    "region_conditioning", "attention_layout", "use_roi_replay", "num_region_prompts", "roi_size",
+    "coverage_subsamples", "pixel_unshuffle", "region_crop_size", "region_appearance",
+)  # fmt: skip
 
-
-# LLaDA's chat format. Images stand where the message puts them; an assistant header is opened on request. `generation`
-# marks what the assistant says: `return_assistant_tokens_mask` and training find the answers by it. The variants of
-# other checkpoints are built in checkpoints/.
-CHAT_TEMPLATE = (
-    "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{% if part['type'] == 'image' %}{{ '<img><IMG_CONTEXT></img>' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% endmacro %}"
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>{{ '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ body(message['content']) }}<|eot_id|>{% endgeneration %}"
-    "{% else %}{{ body(message['content']) }}<|eot_id|>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n' }}{% endif %}"
-)
+logger = logging.get_logger(__name__)
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
     """Turns images, regions and text into model inputs, and generated ids back into captions.
 
+    How regions enter the model (`region_conditioning`, `attention_layout`, `roi_size`, ...) is read from the model's
+    config, which `from_pretrained` finds beside the processor.
+
     Args:
+        image_processor (`PerceptionDLMImageProcessor`, *optional*): cuts images into tiles of the config's size.
         tokenizer: a tokenizer that knows LLaDA's and PerceptionDLM's special tokens.
         chat_template (`str`, *optional*): Jinja template, by default LLaDA's chat format.
-        tile_size (`int`, defaults to 512): side of a tile in pixels.
-        patch_size (`int`), pixel_unshuffle (`int`): as in the model's config; an image token covers
-            `patch_size * pixel_unshuffle` pixels.
-        max_tiles (`int`, defaults to 6): most grid tiles of one image, thumbnail not counted.
-        image_mean, image_std (`list[float]`): the model normalises the tiles, by its own config. Other values than its
-            default of 0.5 are applied here, and the tiles are then float32.
-        region_conditioning, attention_layout (`str`), use_roi_replay (`bool`), num_region_prompts, roi_size,
-            coverage_subsamples (`int`): as in the model's config; use `from_config` to keep them in step.
-        region_crop_size (`int`), region_appearance (`bool`): as in the model's config.
+        config (`PerceptionDLMConfig`, *optional*): the model's, by default the default one with tiles of the image
+            processor's size.
         crop_context (`float`, defaults to 1.3): side of a crop over the longer side of its region's box.
         crop_max_share (`float`, defaults to 1.0): regions whose box covers more of the image go without a crop.
         max_regions_per_pass (`int`, *optional*): split an image's regions into passes of at most this many. Under
@@ -103,22 +104,10 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def __init__(
         self,
+        image_processor=None,
         tokenizer=None,
         chat_template=None,
-        tile_size=512,
-        patch_size=16,
-        pixel_unshuffle=2,
-        max_tiles=6,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        region_conditioning="replay",
-        attention_layout="isolated",
-        use_roi_replay=True,
-        num_region_prompts=6,
-        roi_size=4,
-        coverage_subsamples=2,
-        region_crop_size=0,
-        region_appearance=False,
+        config=None,
         crop_context=1.3,
         crop_max_share=1.0,
         max_regions_per_pass=None,
@@ -128,31 +117,30 @@ class PerceptionDLMProcessor(ProcessorMixin):
         system_prompt="You are a helpful assistant.",
         region_question="Describe each masked region in detail.",
     ):
-        self.tile_size, self.patch_size, self.pixel_unshuffle = tile_size, patch_size, pixel_unshuffle
-        self.max_tiles = max_tiles
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
-        self.region_conditioning, self.attention_layout = region_conditioning, attention_layout
-        self.use_roi_replay, self.num_region_prompts = use_roi_replay, num_region_prompts
-        self.roi_size, self.coverage_subsamples = roi_size, coverage_subsamples
-        self.region_crop_size, self.region_appearance = region_crop_size, region_appearance
+        if image_processor is None:
+            sizes = {} if config is None else {"tile_size": config.vision_config.image_size}
+            image_processor = PerceptionDLMImageProcessor(**sizes)
+        self.config = config_of_switches({"tile_size": image_processor.tile_size}) if config is None else config
         self.crop_context, self.crop_max_share = crop_context, crop_max_share
         self.max_regions_per_pass = max_regions_per_pass
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
         self.system_prompt, self.region_question = system_prompt, region_question
-        self._check_switches()
-        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.image_token = IMAGE_TOKEN
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self._check_settings()
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def _check_switches(self) -> None:
+    def _check_settings(self) -> None:
         """Raise `ValueError` naming the setting, its value and what is accepted."""
-        choices = {"region_conditioning": REGION_CONDITIONINGS, "attention_layout": ATTENTION_LAYOUTS}
-        for name, accepted in {**choices, "mask_sampling": MASK_SAMPLINGS}.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
-        sizes = ("tile_size", "patch_size", "pixel_unshuffle", "max_tiles", "num_region_prompts", "roi_size")
-        for name in (*sizes, "coverage_subsamples", "mask_threshold"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        side = self.config.vision_config.image_size
+        if self.image_processor.tile_size != side:
+            raise ValueError(
+                f"the image processor cuts tiles of {self.image_processor.tile_size} px, config's are {side}"
+            )
+        if self.mask_sampling not in MASK_SAMPLINGS:
+            raise ValueError(f"mask_sampling must be one of {MASK_SAMPLINGS}, got {self.mask_sampling!r}")
+        check_count("mask_threshold", self.mask_threshold)
         if self.mask_threshold > 255:
             raise ValueError(f"mask_threshold must be in [1, 255], got {self.mask_threshold}")
         if self.crop_context < 1 or not 0 <= self.crop_max_share <= 1:
@@ -163,24 +151,67 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if type(self.sort_regions) is not bool:
             raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
+    # --- building, loading, saving --------------------------------------------------------------------------------
+
     @classmethod
-    def from_config(cls, config, tokenizer, **overrides: Any) -> "PerceptionDLMProcessor":
-        """A processor whose sizes and switches are those of a [`PerceptionDLMConfig`]."""
-        shared = (
-            "region_conditioning",
-            "attention_layout",
-            "use_roi_replay",
-            "num_region_prompts",
-            "roi_size",
-            "region_crop_size",
-            "region_appearance",
-        )
-        fields = {name: getattr(config, name) for name in (*shared, "coverage_subsamples", "pixel_unshuffle")}
-        fields |= {
-            "tile_size": config.vision_config.image_size,
-            "patch_size": config.vision_config.patch_size,
-        }
-        return cls(tokenizer, **{**fields, **overrides})
+    def from_config(cls, config, tokenizer, chat_template=None, **settings: Any) -> "PerceptionDLMProcessor":
+        """The processor of a model.
+
+        Args:
+            config: a [`PerceptionDLMConfig`].
+            settings: of the processor and of its image processor, but for those that the config holds.
+        """
+        if unknown := sorted(set(settings) - {*OWN_SETTINGS, *IMAGE_SETTINGS}):
+            accepted = f"{OWN_SETTINGS + IMAGE_SETTINGS}; the model's config holds everything else"
+            raise TypeError(f"unknown processor settings {unknown}; accepted: {accepted}")
+        image_settings = {name: settings.pop(name) for name in IMAGE_SETTINGS if name in settings}
+        image_processor = PerceptionDLMImageProcessor(tile_size=config.vision_config.image_size, **image_settings)
+        return cls(image_processor, tokenizer, chat_template=chat_template, config=config, **settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, config=None, **kwargs: Any) -> "PerceptionDLMProcessor":
+        """Load a processor and, unless `config` is given, the model's config beside it."""
+        if config is None:
+            location = {name: kwargs[name] for name in LOCATION if kwargs.get(name) is not None}
+            config = find_config(pretrained_model_name_or_path, location)
+        return super().from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs: Any) -> list:
+        """Image processor and tokenizer. Processors of before kept the image settings among their own."""
+        saved = processor_dict or {}
+        settings = saved.get("image_processor") or {name: saved[name] for name in IMAGE_SETTINGS if name in saved}
+        if (config := kwargs.pop("config", None)) is not None:
+            settings = {"tile_size": config.vision_config.image_size, **settings}
+        elif "tile_size" in saved:
+            settings = {**settings, "tile_size": saved["tile_size"]}
+        changes = {name: kwargs[name] for name in IMAGE_SETTINGS if name in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in {*IMAGE_SETTINGS, *OWN_SETTINGS}}
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **others)
+        return [PerceptionDLMImageProcessor(**{**settings, **changes}), tokenizer]
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs: Any):
+        """As the base class; without a config, the switches that processors of before kept among their settings."""
+        if kwargs.get("config") is None and "region_conditioning" in processor_dict:
+            kwargs["config"] = config_of_switches(processor_dict)
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor's own settings; the model's config has a file of its own."""
+        return {name: value for name, value in super().to_dict().items() if name != "config"}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save processor and tokenizer, and the model's config where the folder has none."""
+        saved = find_config(save_directory, {}) if os.path.isdir(save_directory) else None
+        if saved is not None and switches_of(saved) != switches_of(self.config):
+            logger.warning("%s/config.json has other switches than this processor: its model decides", save_directory)
+        files = super().save_pretrained(save_directory)
+        if not os.path.isfile(os.path.join(save_directory, "config.json")):
+            self.config.save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+        return files
 
     @property
     def model_input_names(self) -> list[str]:
@@ -193,19 +224,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
     @property
     def own_pixels(self) -> OwnPixels:
         """What regions bring besides their image's tiles."""
+        config = self.config
         return OwnPixels(
-            self.region_crop_size, self.region_appearance, self.crop_context, self.crop_max_share, self.roi_size
+            config.region_crop_size, config.region_appearance, self.crop_context, self.crop_max_share, config.roi_size
         )
 
-    @property
-    def patches_per_side(self) -> int:
-        """P: patches along one side of a tile."""
-        return self.tile_size // self.patch_size
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Image tokens of one tile."""
-        return (self.patches_per_side // self.pixel_unshuffle) ** 2
+    # --- the call -------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -216,11 +240,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
         label_map: Any = None,
         points: Any = None,
         prompt_ids: Any = None,
-        max_regions_per_pass: int | None = None,
-        max_tiles: int | None = None,
-        exif: str | None = None,
-        resize_masks: bool = False,
-        return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
         """Build a batch, either of regions to caption or of text (with or without images) to continue.
@@ -230,62 +249,85 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 its image and gives no `pixel_values`); with text and no regions
                 also a list of lists, the images of each text.
             text: with regions, the question instead of `region_question` (one, or one per image). Without, a question,
-                or a prompt rendered by `apply_chat_template` (one, or one per sample).
+                or a prompt rendered by `apply_chat_template` (one, or one per sample). Special tokens in a question
+                are plain text.
             masks, boxes, label_map: the regions, in any form of `regions_of`; one of the three. For a list of images,
                 a list with the regions of each. An image without regions gives no row.
             points: refused by name: a segmenter makes masks of them.
             prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list
                 of images a list of lists). By default 0, 1, ... in the order of the sequence.
-            max_regions_per_pass, max_tiles: override the processor's.
+            max_regions_per_pass: overrides the processor's.
+            resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
+            rendered: whether text is a rendered prompt, by default if it begins with a special token.
             exif: whether regions refer to the pixels as `"stored"` or to the picture with its EXIF orientation
                 `"applied"`, as transformers' and OpenCV's loaders show it. By default as stored, with a warning where
                 the two differ and the regions do not tell.
-            resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
-            return_tensors: only "pt".
+            kwargs: `max_tiles` and other settings of the image processor, and a tokenizer's keywords as far as
+                [`TextOptions`] has them; both may come in `images_kwargs` and `text_kwargs`. return_tensors: only "pt".
         Returns:
             `BatchFeature` with the keys listed at the top of this file.
         Raises:
             ValueError, TypeError: naming what was wrong and what is accepted.
         """
-        absent = {name for name in ("videos", "audio") if kwargs.get(name) is None}  # named by apply_chat_template
-        unknown = sorted(set(kwargs) - {"padding", "add_special_tokens"} - absent)
-        if unknown:
-            raise TypeError(f"unknown processor keywords {unknown}")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        options, left = split_options(grouped(kwargs))
+        image_settings = {name: left.pop(name) for name in IMAGE_SETTINGS if name in left}
+        region_settings = {name: left.pop(name) for name in REGION_SETTINGS if name in left}
+        rendered = left.pop("rendered", None)
+        if left:
+            raise TypeError(f"unknown processor keywords {sorted(left)}")
         regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
         given = [name for name, value in regions.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"give regions in one form, got {given}")
         if given:
-            form, value = given[0], regions[given[0]]
-            rows = self.region_rows(
-                images, text, form, value, max_regions_per_pass, max_tiles, prompt_ids, exif, resize_masks
-            )
+            form = given[0]
+            rows = self.region_rows(images, text, form, regions[form], prompt_ids, **region_settings, **image_settings)
             if not rows:
                 accepted = "at least 1 in a batch (the pipeline gives [] for an image without regions)"
                 raise ValueError(f"{form} holds no region; accepted: {accepted}")
         elif text is None:
             raise ValueError("nothing to do: give regions (masks, boxes or label_map) to caption, or text to answer")
         else:
-            rows = self.text_rows(images, text, max_tiles, exif)
-        return self.collate(rows)
+            rows = self.text_rows(images, text, rendered=rendered, **image_settings)
+        return collate(rows, self._end_of_text, options)
+
+    def collate(self, rows: list[dict], **text_kwargs: Any) -> BatchFeature:
+        """A batch of rows, under a tokenizer's keywords `text_kwargs`."""
+        options, unknown = split_options(text_kwargs)
+        if unknown:
+            raise TypeError(f"unknown processor keywords {sorted(unknown)}")
+        return collate(rows, self._end_of_text, options)
+
+    @property
+    def _end_of_text(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+
+    def apply_chat_template(self, conversation, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
+        """As the base class; with `tokenize=True` special tokens in the messages' texts are plain text.
+
+        An image part names its image by one of `image` (in any form of `load_image`), `url`, `path` and `base64`. A
+        prompt that is returned as a string holds the messages' texts as they are.
+        """
+        given, batched = chats_of(conversation)
+        chats = [
+            chat_messages(chat, lambda text: guarded(text, self.tokenizer) if tokenize else text) for chat in given
+        ]
+        messages = chats if batched else chats[0]
+        if not tokenize:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        own = {**(kwargs.pop("processor_kwargs", None) or {}), "rendered": True}
+        kwargs.pop("sanitize_control_tokens", None)  # it is done in any case
+        if kwargs.get("return_tensors", "pt") in ("auto", None):
+            kwargs["return_tensors"] = "pt"
+        batch = super().apply_chat_template(messages, *args, tokenize=True, processor_kwargs=own, **kwargs)
+        if isinstance(batch, BatchFeature) and "assistant_masks" in batch:
+            batch["assistant_masks"] = torch.as_tensor(batch["assistant_masks"])
+        return batch
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
-    def region_rows(
-        self,
-        images,
-        text,
-        form: str,
-        regions,
-        max_regions_per_pass=None,
-        max_tiles=None,
-        prompt_ids=None,
-        exif=None,
-        resize_masks=False,
-    ) -> list[dict]:
-        """One row per pass of every image; none of an image without regions."""
+    def region_rows(self, images, text, form: str, regions, prompt_ids=None, **settings: Any) -> list[dict]:
+        """One row per pass of every image; none of an image without regions. `settings`: see `region_passes`."""
         if images is None:
             raise ValueError(f"{form} were given without an image")
         batched = isinstance(images, (list, tuple))
@@ -298,100 +340,61 @@ class PerceptionDLMProcessor(ProcessorMixin):
         ids = [None] * len(images) if prompt_ids is None else list(prompt_ids) if batched else [prompt_ids]
         if len(ids) != len(images):
             raise ValueError(f"{len(images)} images need {len(images)} lists of prompt_ids, got {len(ids)}")
-        questions = self._per_sample(text, len(images)) if text is not None else [self.region_question] * len(images)
+        questions = [self.region_question] * len(images) if text is None else checked_texts(text, len(images))
+        if len(questions) != len(images):
+            raise ValueError(f"{len(images)} images need one text or {len(images)}, got {len(questions)}")
         rows = []
         for index, (image, region, question, given) in enumerate(zip(images, regions, questions, ids, strict=True)):
-            passes = self.region_passes(
-                image, form, region, max_regions_per_pass, max_tiles, given, exif, resize_masks,
-                suffix=f"[{index}]" if batched else "",
-            )  # fmt: skip
+            suffix = f"[{index}]" if batched else ""
+            passes = self.region_passes(image, form, region, prompt_ids=given, suffix=suffix, **settings)
             rows += self.lay_out(passes, question, index)
         return rows
 
-    def region_passes(
-        self,
-        image,
-        form: str,
-        regions,
-        max_regions_per_pass=None,
-        max_tiles=None,
-        prompt_ids=None,
-        exif=None,
-        resize_masks=False,
-        suffix: str = "",
-    ) -> list[dict]:
+    def region_passes(self, image, form: str, regions, prompt_ids=None, **settings: Any) -> list[dict]:
         """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
 
-        Regions are read and measured one by one; none is kept but under `mask_sampling="nearest"`.
-
         Args:
-            suffix: stands behind the names of image and regions in messages.
+            settings: `max_regions_per_pass`, `resize_masks`, `suffix` (stands behind the names of image and regions
+                in messages) and settings of the image processor.
         """
-        if self.region_conditioning == "none":
-            raise ValueError(f"{form} were given to a base model, which knows no regions: ask it with text alone")
-        tiles, grid, size, turned, picture = self._picture(image, max_tiles, f"image{suffix}", exif)
-        own_pixels = self.own_pixels
-        picture = own_pixels.checked(picture, size, f"image{suffix}")
-        found = regions_of(
-            size, **{form: regions}, name=f"{form}{suffix}", threshold=self.mask_threshold, resize_masks=resize_masks,
-            size_hint=f"; the picture carries EXIF orientation {turned}, see exif" if turned != 1 else "",
-        )  # fmt: skip
-        nearest = self.region_conditioning == "vision" and self.mask_sampling == "nearest"
-        kept, boxes, areas, features, own, told = [], [], [], [], [], True
-        for region in found:
-            boxes.append(region.box)
-            areas.append(region.area)
-            own.append(own_pixels.measure(picture, region) if own_pixels.wanted else {})
-            told = told and region.tells_size
-            if nearest:
-                kept.append(region)
-            else:
-                features.append(self._coverage(region, grid))
-        if turned != 1 and boxes and not (told and turned >= 5 and size[0] != size[1]):
-            warn_of_orientation(f"image{suffix}", turned)
-        order = np.array(areas).argsort()[::-1] if self.sort_regions else np.arange(len(boxes))
-        passes = []
-        for group in self._groups(len(boxes), max_regions_per_pass):
-            chosen = order[group]
-            numbers = self._prompt_ids(prompt_ids, chosen, len(boxes), f"prompt_ids{suffix}")
-            row = {"tiles": tiles, "grids": [grid], "sizes": [size], "numbers": numbers}
-            row["boxes"] = np.array([boxes[index] for index in chosen], dtype=np.int64)
-            row |= {"order": chosen} if self.sort_regions else {}
-            if nearest:
-                cut, step = lambda picture: self._cut(picture, grid), self.patch_size
-                measured = [nearest_sampling(kept[i], k, cut, step) for i, k in zip(chosen, numbers, strict=True)]
-            else:
-                measured = [features[index] for index in chosen]
-            row |= own_pixels.of_pass([own[index] for index in chosen], self._as_tiles)
-            passes.append(row | self._coverage_of_pass(measured, numbers))
-        return passes
+        changes = {name: settings.pop(name) for name in IMAGE_SETTINGS if name in settings}
+        if settings.get("max_regions_per_pass") is None:
+            settings["max_regions_per_pass"] = self.max_regions_per_pass
+        reader = RegionReader(
+            self.config,
+            self.image_processor.with_settings(**changes),
+            self.mask_sampling,
+            self.mask_threshold,
+            self.sort_regions,
+            self.own_pixels,
+        )
+        return reader.passes(image, form, regions, prompt_ids, **settings)
 
     def lay_out(self, passes: list[dict], question: str, sample: int) -> list[dict]:
         """Rows of an image's passes: their prompts beside what `region_passes` made of image and regions."""
         if not passes:
             return []
         before, after = self._region_prompt(question)
-        return [
-            {**row, "sample_id": sample, **self._sequence(before, after, row["grids"][0], row["numbers"])}
-            for row in passes
-        ]
+        rows = []
+        for one in passes:
+            head, _ = expand_images(before, one["grids"], self.config, self.tokenizer, "region prompt")
+            sequence = region_row(head, after[0], one["numbers"].tolist(), self.config, self.tokenizer)
+            rows.append({**one, "sample_id": sample, **sequence})
+        return rows
 
-    def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str) -> np.ndarray:
-        """Prompt ids of the regions `chosen` for a pass, out of those given for all regions of an image."""
-        if given is None:
-            return np.arange(len(chosen))
-        accepted = f"one id below {self.num_region_prompts} per region, different ones within a pass, under 'vision'"
-        ids = np.asarray(given)
-        if self.region_conditioning != "vision" or ids.shape != (count,) or ids.dtype.kind not in "iu":
-            raise ValueError(f"{name} is {given!r} for {count} regions; accepted: {accepted}")
-        ids = ids[chosen].astype(np.int64)
-        if len(set(ids.tolist())) < len(ids) or ids.min() < 0 or ids.max() >= self.num_region_prompts:
-            raise ValueError(f"{name} gives a pass the ids {ids.tolist()}; accepted: {accepted}")
-        return ids
+    def _region_prompt(self, question: str) -> tuple:
+        """Token ids and offsets before and after the RoI span of the single-region prompt."""
+        place = ROI_TOKEN.format(0) + "\n"
+        content = [{"type": "image"}, {"type": "text", "text": place + guarded(question, self.tokenizer)}]
+        messages: list[dict] = [{"role": "user", "content": content}]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        before, after = self.apply_chat_template(messages, add_generation_prompt=True).split(place)
+        return encode(before, self.tokenizer), encode(after, self.tokenizer)
 
-    def text_rows(self, images, text, max_tiles=None, exif=None) -> list[dict]:
+    def text_rows(self, images, text, rendered: bool | None = None, **image_settings: Any) -> list[dict]:
         """One row per text; each may have several images."""
-        texts = self._texts(text, 1)
+        texts = checked_texts(text, 1)
         if images is None:
             images = [[] for _ in texts]
         elif not isinstance(images, (list, tuple)):
@@ -402,269 +405,50 @@ class PerceptionDLMProcessor(ProcessorMixin):
             images = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
+        image_processor = self.image_processor.with_settings(**image_settings)
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
             names = [f"images[{index}][{place}]" for place in range(len(group))]
-            pictures = [self._picture(*each, exif) for each in zip(group, [max_tiles] * len(group), names, strict=True)]
-            grids = [grid for _, grid, *_ in pictures]
-            tiles = [tiles for tiles, *_ in pictures if tiles is not None]
-            ids = self._expand_images(self._tokenize(self._wrap(prompt, len(group))), grids, f"text[{index}]")
-            rows.append(
-                {
-                    "sample_id": index,
-                    "ids": ids,
-                    "roles": [SHARED] * len(ids),
-                    "regions": [-1] * len(ids),
-                    "num_regions": 0,
-                    "tiles": np.concatenate(tiles) if tiles else None,
-                    "grids": grids,
-                    "sizes": [size for _, _, size, *_ in pictures],
-                }
-            )
+            read = [picture(image, image_processor, name) for image, name in zip(group, names, strict=True)]
+            grids, tiles = [grid for _, grid, *_ in read], [tiles for tiles, *_ in read if tiles is not None]
+            if not (is_rendered(prompt, self.tokenizer) if rendered is None else rendered):
+                prompt = self._question(prompt, len(group))
+            encoded = encode(prompt, self.tokenizer)
+            ids, offsets = expand_images(encoded, grids, self.config, self.tokenizer, f"text[{index}]")
+            row = {"sample_id": index, **shared_row(ids), "offsets": offsets, "grids": grids}
+            row["tiles"] = np.concatenate(tiles) if tiles else None
+            rows.append({**row, "sizes": [size for _, _, size, *_ in read]})
         return rows
 
-    def _picture(self, image, max_tiles: int | None, name: str, exif: str | None):
-        """Tiles, grid, (height, width), undecided EXIF orientation and the picture itself, as it was tiled.
-
-        An `EncodedImage` has no tiles any more, and its picture only where the model needs it.
-        """
-        if is_encoded(image):
-            grid, size = image.tile_grids[0].tolist(), image.image_sizes[0].tolist()
-            return None, tuple(grid), tuple(size), 1, image.picture
-        image, turned = read_image(image, name, exif)
-        tiles, grid = self.tile(image, max_tiles)
-        return tiles, grid, (image.height, image.width), turned, image
-
-    def _groups(self, count: int, limit: int | None) -> list[slice]:
-        """Split `count` regions into passes, in order."""
-        limit = limit if limit is not None else self.max_regions_per_pass
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ValueError(f"max_regions_per_pass must be an integer of at least 1, got {limit!r}")
-        if self.region_conditioning == "vision":
-            limit = min(limit or self.num_region_prompts, self.num_region_prompts)
-        step = limit or max(count, 1)
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-    @staticmethod
-    def _texts(text, count: int) -> list[str]:
-        """A list of texts, one text repeated `count` times; anything else is refused by its place."""
-        if isinstance(text, str):
-            return [text] * count
-        if not isinstance(text, Sequence) or isinstance(text, bytes):
-            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
-        for index, item in enumerate(text):
-            if not isinstance(item, str):
-                raise TypeError(f"text must be a string or a list of strings, text[{index}] is {type(item).__name__}")
-        if not text:
-            raise ValueError("text is an empty list; accepted: at least one text")
-        return list(text)
-
-    def _per_sample(self, text, count: int) -> list[str]:
-        texts = self._texts(text, count)
-        if len(texts) != count:
-            raise ValueError(f"{count} images need one text or {count}, got {len(texts)}")
-        return texts
-
-    # --- prompt ---------------------------------------------------------------------------------------------------
-
-    def _region_prompt(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before and after the RoI span of the single-region prompt."""
-        special = [token for token in self.tokenizer.all_special_tokens if token in question]
-        if special:
-            raise ValueError(f"a region question may not contain special tokens, found {special}")
-        place = ROI_TOKEN.format(0) + "\n"
-        content = [{"type": "image"}, {"type": "text", "text": place + question}]
-        messages = [{"role": "user", "content": content}]
-        if self.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        before, after = self.apply_chat_template(messages, add_generation_prompt=True).split(place)
-        return self._tokenize(before), self._tokenize(after)
-
-    def _sequence(self, before: list[int], after: list[int], grid, prompt_ids: np.ndarray) -> dict:
-        """Shared tokens with the regions' RoI spans between them: ids, roles and region ids."""
-        head = self._expand_images(before, [grid], "region prompt")
-        ids, roles, regions = list(head), [SHARED] * len(head), [-1] * len(head)
-        newline = self._tokenize("\n")
-        layout = LAYOUTS[self.attention_layout]
-        numbers = range(len(prompt_ids)) if layout.numbered_by_place else prompt_ids.tolist()
-        for region, number in enumerate(numbers if self.use_roi_replay else ()):
-            place = number if self.region_conditioning == "vision" else 0
-            roi = self.tokenizer.convert_tokens_to_ids(ROI_TOKEN.format(place))
-            ids += [roi] * self.roi_size**2 + newline
-            roles += [ROI] * self.roi_size**2 + [SEPARATOR] * len(newline)
-            regions += [region] * (self.roi_size**2 + len(newline))
-        if self.use_roi_replay and layout.last_separator_shared:
-            roles[-len(newline) :], regions[-len(newline) :] = [SHARED] * len(newline), [-1] * len(newline)
-        ids, roles, regions = ids + after, roles + [SHARED] * len(after), regions + [-1] * len(after)
-        return {"ids": ids, "roles": roles, "regions": regions, "num_regions": len(prompt_ids)}
-
-    def _wrap(self, text: str, num_images: int) -> str:
-        """Put a bare question into a user turn behind its images; a rendered prompt stays as it is."""
-        if START_HEADER in text:
-            return text
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    def _question(self, text: str, num_images: int) -> str:
+        """A prompt that asks a question about images which stand before it."""
+        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": guarded(text, self.tokenizer)}]
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _expand_images(self, ids: list[int], grids: list[tuple[int, int]], name: str) -> list[int]:
-        """Repeat every image placeholder for each token of its tiles."""
-        image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        places = ids.count(image_token)
-        if places != len(grids):
-            raise ValueError(f"{name} has {places} image placeholders ({IMAGE_TOKEN}) for {len(grids)} images")
-        counts = iter(num_tiles(grid) * self.tokens_per_tile for grid in grids)
-        return [token for i in ids for token in ([i] * next(counts) if i == image_token else [i])]
+    # --- lengths --------------------------------------------------------------------------------------------------
 
     def region_text_length(self) -> int:
         """Tokens of the fixed text of a region prompt, its turns and the question."""
-        before, after = self._region_prompt(self.region_question)
+        (before, _), (after, _) = self._region_prompt(self.region_question)
         return len(before) - 1 + len(after)  # the image's placeholder is not text
 
     def prompt_length(self, size: tuple[int, int], num_regions: int, max_tiles: int | None = None) -> int:
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
-        grid = self._grid(size, max_tiles)
-        return num_tiles(grid) * self.tokens_per_tile + num_regions * (self.roi_size**2 + 1) * self.use_roi_replay
-
-    def _grid(self, size: tuple[int, int], max_tiles: int | None) -> tuple[int, int]:
-        """Grid of an image of (width, height) pixels, under the processor's limit unless another is given."""
-        return best_grid(*size, self.tile_size, self.max_tiles if max_tiles is None else max_tiles)
-
-    # --- images and regions ---------------------------------------------------------------------------------------
-
-    def tile(self, image: Image.Image, max_tiles: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Cut an RGB image into tiles (T, 3, s, s) uint8, thumbnail last, and return the grid (columns, rows)."""
-        grid = self._grid(image.size, max_tiles)
-        return self._as_tiles(self._cut(image, grid)), grid
-
-    def _as_tiles(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures (N, s, s, 3) uint8 as the model takes tiles and crops, (N, 3, s, s): see `image_mean`."""
-        if {*self.image_mean, *self.image_std} != {0.5}:
-            mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-            pictures = (pictures.astype(np.float32) / 255.0 - mean) / std
-        return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
-
-    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
-        """Tiles (T, s, s, channels) uint8 of an image resized to the grid, row-major, thumbnail last."""
-        side, (columns, rows) = self.tile_size, grid
-        pixels = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
-        tiles = pixels.reshape(rows, side, columns, side, -1).swapaxes(1, 2).reshape(rows * columns, side, side, -1)
-        if len(tiles) == 1:
-            return tiles
-        thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-        return np.concatenate((tiles, thumbnail.reshape(1, side, side, -1)))
-
-    def _coverage(self, region: Region, grid: tuple[int, int]) -> np.ndarray:
-        """Share that a region covers of the cells of its box, (c, c), or under `vision` of every patch, (T, P, P)."""
-        if self.region_conditioning == "replay":
-            return region.coverage(self.roi_size * self.coverage_subsamples)
-        (columns, rows), patches = grid, self.patches_per_side
-        height, width = region.image_size
-
-        def share(columns: int, rows: int) -> np.ndarray:
-            x_edges, y_edges = (
-                np.linspace(0, length, n * patches + 1) for length, n in ((width, columns), (height, rows))
-            )
-            cover = region.pool(x_edges, y_edges).reshape(rows, patches, columns, patches)
-            return cover.transpose(0, 2, 1, 3).reshape(rows * columns, patches, patches)
-
-        return share(1, 1) if columns * rows == 1 else np.concatenate((share(columns, rows), share(1, 1)))
-
-    def _coverage_of_pass(self, measured: list[np.ndarray], numbers: np.ndarray) -> dict:
-        """The coverage of a pass's regions, under `vision` each at its prompt id."""
-        if self.region_conditioning == "replay":
-            return {"coverage": np.stack(measured)}
-        tiles, patches = measured[0].shape[0], self.patches_per_side
-        coverage = np.zeros((tiles, self.num_region_prompts, patches, patches), np.float32)
-        coverage[:, numbers] = np.stack(measured, axis=1)
-        return {"prompt_coverage": coverage, "prompt_ids": numbers}
-
-    # --- batch ----------------------------------------------------------------------------------------------------
-
-    def collate(self, rows: list[dict]) -> BatchFeature:
-        """Pad the rows' sequences on the right and concatenate everything else."""
-        length = max(len(row["ids"]) for row in rows)
-        pad_id = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-
-        def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
-
-        data = {
-            "input_ids": padded("ids", pad_id),
-            "attention_mask": torch.tensor([[1] * len(r["ids"]) + [0] * (length - len(r["ids"])) for r in rows]),
-            "token_roles": padded("roles", SHARED),
-            "region_ids": padded("regions", -1),
-            "num_regions": torch.tensor([row["num_regions"] for row in rows]),
-            "sample_ids": torch.tensor([row["sample_id"] for row in rows]),
-        }
-        if any(row["grids"] for row in rows):
-            first = first_rows_of_images(rows)
-            if len(set(first)) < len(rows):
-                data["image_ids"] = torch.tensor(first).unique(return_inverse=True)[1]
-            pictured = [rows[place] for place in sorted(set(first))]
-            if tiles := [row["tiles"] for row in pictured if row["tiles"] is not None]:
-                data["pixel_values"] = torch.from_numpy(np.concatenate(tiles))
-            data["tile_grids"] = torch.tensor([grid for row in pictured for grid in row["grids"]])
-            data["image_sizes"] = torch.tensor([size for row in pictured for size in row["sizes"]])
-        for key, name in (
-            ("boxes", "region_boxes"),
-            ("coverage", "region_coverage"),
-            ("crops", "region_crops"),
-            ("crop_boxes",) * 2,
-            ("appearance", "region_appearance"),
-            ("prompt_coverage",) * 2,
-            ("prompt_ids",) * 2,
-            ("order", "region_order"),
-        ):
-            if found := [row[key] for row in rows if key in row]:
-                data[name] = torch.from_numpy(np.concatenate(found))
-        return BatchFeature(data)
+        tiles = num_tiles(self.image_processor.with_settings(max_tiles=max_tiles).grid(size))
+        regions = num_regions * (self.config.roi_size**2 + 1) * self.config.use_roi_replay
+        return tiles * self.config.tokens_per_side**2 + regions
 
     # --- answers --------------------------------------------------------------------------------------------------
 
     def encode_answers(
         self, answers: Sequence[str], num_slots: int, max_slots: int | None = None, cut: bool = False
     ) -> torch.Tensor:
-        """Answers as training targets, each ended by the end-of-turn token and filled with end-of-text tokens.
-
-        Args:
-            num_slots: an answer takes the smallest multiple of this many slots that holds it and its end.
-            max_slots: most slots of an answer, by default `num_slots`; one that fills them has no end.
-            cut: shorten longer answers instead of refusing them.
-        Returns:
-            (A, G) ids, G the most slots of any answer; -100 behind the slots of the others.
-        Raises:
-            ValueError: naming an answer that is too long or empty.
-        """
-        limit = max_slots or num_slots
-        end, fill = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-        targets = []
-        for index, answer in enumerate(answers):
-            ids = self._tokenize(answer)
-            if not ids or (len(ids) > limit and not cut):
-                raise ValueError(f"answer {index} has {len(ids)} tokens, accepted are 1 to {limit}: {answer[:80]!r}")
-            slots = min(-(-(len(ids) + 1) // num_slots) * num_slots, limit)
-            ids = [*ids, end][:slots]
-            targets.append(torch.tensor(ids + [fill] * (slots - len(ids))))
-        return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        """Answers as training targets (A, G): see `answers_perceptiondlm.encode_answers`."""
+        return encode_answers(answers, self.tokenizer, num_slots, max_slots, cut)
 
     def decode_answers(self, output) -> list[dict[str, Any]]:
-        """Every answer's text up to its end token and its score, the mean probability of the tokens it is made of.
-
-        Returns:
-            one `{"text": str, "score": float in [0, 1], "sample": int}` per answer, in the output's order.
-        """
-        ends = set(self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]))
-        answers = []
-        for ids, confidences, sample in zip(
-            output.sequences.tolist(), output.confidences.tolist(), output.sample_ids.tolist(), strict=True
-        ):
-            length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-            used = confidences[: length + 1]  # the end token is part of the decision
-            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
-            answers.append({"text": text, "score": sum(used) / len(used), "sample": sample})
-        return answers
+        """Text, score and sample of every answer: see `answers_perceptiondlm.decode_answers`."""
+        return decode_answers(output, self.tokenizer)
 
     def post_process_region_captions(
         self, output, output_scores: bool = False, num_images: int | None = None
@@ -682,45 +466,62 @@ class PerceptionDLMProcessor(ProcessorMixin):
             captions[answer["sample"]].append(scored if output_scores else scored["caption"])
         return captions
 
-    def post_process_image_text_to_text(self, generated_outputs, **_kwargs: Any) -> list[str]:
-        """Answers of `generate`'s output for text without regions, one string per sample."""
-        return [answer["text"] for answer in self.decode_answers(generated_outputs)]
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **decode_kwargs: Any
+    ) -> list[str]:
+        """The text of what `generate` returned.
+
+        Args:
+            generated_outputs: its output, which gives one answer per row; or token ids (A, L) or (L,), prompts
+                included or not, which are decoded as they are.
+            skip_special_tokens, decode_kwargs: of the tokenizer's `decode`, for token ids.
+        """
+        if hasattr(generated_outputs, "sample_ids"):
+            return [answer["text"] for answer in self.decode_answers(generated_outputs)]
+        ids = torch.atleast_2d(torch.as_tensor(generated_outputs))
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens, **decode_kwargs)
 
 
-def warn_of_orientation(name: str, orientation: int) -> None:
-    """Warn that a picture carries an EXIF orientation, and the regions do not tell whether it is meant."""
-    warnings.warn(
-        f"{name} carries EXIF orientation {orientation}; its regions are taken to refer to the pixels as stored. Say "
-        "exif='stored' if that is so, exif='applied' if they refer to the picture as viewers, transformers and OpenCV "
-        "show it",
-        stacklevel=4,
-    )
+def find_config(path: Any, location: dict[str, Any]) -> PerceptionDLMConfig | None:
+    """The model's config in a folder or Hub repository, None where there is none."""
+    if os.path.isfile(path):
+        return None
+    if cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **location) is None:
+        return None
+    content, _ = PerceptionDLMConfig.get_config_dict(path, **location)
+    return PerceptionDLMConfig.from_dict(content) if content.get("model_type") == "perceptiondlm" else None
 
 
-def first_rows_of_images(rows: list[dict]) -> list[int]:
-    """For every row the first one that shows the same image: groups of an image's regions share their tiles."""
-    if not all(len(row["grids"]) == 1 and row["num_regions"] and row["tiles"] is not None for row in rows):
-        return list(range(len(rows)))
-    first: dict[int, int] = {}
-    return [first.setdefault(id(row["tiles"]), place) for place, row in enumerate(rows)]
+def config_of_switches(settings: dict[str, Any]) -> PerceptionDLMConfig:
+    """A config with the sizes and switches among a processor's settings, otherwise the default one."""
+    fields = {name: settings[name] for name in FORMER_SWITCHES if name in settings}
+    config = PerceptionDLMConfig(**fields)
+    vision = config.vision_config.to_dict()
+    vision["image_size"] = settings.get("tile_size", vision["image_size"])
+    vision["patch_size"] = settings.get("patch_size", vision["patch_size"])
+    return PerceptionDLMConfig(**fields, vision_config=vision)
 
 
-def best_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """Grid (columns, rows) of at most `max_tiles` cells whose aspect ratio is closest to the image's.
+def switches_of(config: PerceptionDLMConfig) -> list[Any]:
+    """What of a config a processor reads."""
+    vision = config.vision_config
+    return [*(getattr(config, name) for name in FORMER_SWITCHES), vision.image_size, vision.patch_size]
 
-    A tie goes to the larger grid when the image's area exceeds half of that grid's.
-    """
-    if max_tiles < 1:
-        raise ValueError(f"max_tiles must be at least 1, got {max_tiles}")
-    cells = range(1, max_tiles + 1)
-    grids = sorted(((c, r) for c in cells for r in cells if c * r <= max_tiles), key=lambda grid: grid[0] * grid[1])
-    best, smallest = (1, 1), float("inf")
-    for columns, rows in grids:
-        difference = abs(width / height - columns / rows)
-        large_enough = width * height > 0.5 * tile_size**2 * columns * rows
-        if difference < smallest or (difference == smallest and large_enough):
-            best, smallest = (columns, rows), difference
-    return best
 
+def checked_texts(text: Any, count: int) -> list[str]:
+    """A list of texts, one text repeated `count` times; anything else is refused by its place."""
+    if isinstance(text, str):
+        return [text] * count
+    if not isinstance(text, Sequence) or isinstance(text, bytes):
+        raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
+    for index, item in enumerate(text):
+        if not isinstance(item, str):
+            raise TypeError(f"text must be a string or a list of strings, text[{index}] is {type(item).__name__}")
+    if not text:
+        raise ValueError("text is an empty list; accepted: at least one text")
+    return list(text)
+
+
+make_importable(__name__)
 
 __all__ = ["CHAT_TEMPLATE", "PerceptionDLMProcessor"]

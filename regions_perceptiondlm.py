@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .coverage_perceptiondlm import CroppedRegion, Region, StripedRegion
-from .images_perceptiondlm import is_picture_source, load_pixels, open_image, to_numpy, with_alpha
+from .coverage_perceptiondlm import CroppedRegion, Region, StripedRegion, decode_counts
+from .images_perceptiondlm import is_picture_source, load_pixels, open_image, to_numpy
+from .mask_pictures_perceptiondlm import values_of_picture
 
 
 try:
@@ -31,17 +32,13 @@ except ImportError:
     coco_mask = None
 
 LABEL_MODES = ("L", "P", "I;16", "I", "F")
-MASK_MODES = ("1", "L", "P", "RGB", "RGBX", "LA", "La", "PA", "RGBA", "RGBa")
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")
 WRAPPERS = ("mask", "segmentation", "mask_rle")  # keys under which a dict holds one region's mask
 DEEPEST = 4  # dicts in dicts
 HIGH_VALUES = (255, 65535)  # that integer masks use for 1
-LOSSY_TOLERANCE = 16  # grey levels a lossily compressed mask may stray from 0 or 255 ...
-LOSSY_SHARE = 0.99  # ... in at least this share of its pixels
 POLYGON_TOLERANCE = 1  # pixels a polygon may reach beyond the image, and a box must stay below
 FRACTION_TOLERANCE = 1e-3  # distance from a whole number that still counts as one
 MOST_PIXELS = 2**30  # of a mask that is resized
-MOST_BYTES_OF_A_RUN = 12  # of a compressed RLE: 60 bits
 MASK_FORMS = "array, tensor, picture, path, COCO RLE, annotation or polygon, pipeline output, list of these"
 LABEL_FORMS = f"array or tensor (H, W) of whole numbers, path or PIL image of mode {', '.join(LABEL_MODES)}"
 POINTS_NEED_A_SEGMENTER = (
@@ -185,7 +182,7 @@ def _region(region: Any, frame: _Frame, name: str) -> Region | None:
     if is_picture_source(region):
         region = open_image(region, name)
     if isinstance(region, Image.Image):
-        return _region_of_values(_values_of_picture(region, name, frame.threshold), frame, name)
+        return _region_of_values(values_of_picture(region, name, frame.threshold), frame, name)
     array = as_array(region)
     if array is None:
         raise TypeError(f"{name} is a {type(region).__name__}; accepted: {MASK_FORMS}")
@@ -248,74 +245,6 @@ def _wrong_size(found: Sequence[Any], frame: _Frame, name: str) -> ValueError:
     return ValueError(f"{name} is {size}; accepted: {accepted}{frame.hint}")
 
 
-def _values_of_picture(image: Image.Image, name: str, threshold: int) -> np.ndarray:
-    """The values (H, W) of a mask that is a picture; those near 0 and 255 as bool."""
-    image = load_pixels(image, name)
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    if image.mode not in MASK_MODES:
-        raise ValueError(f"{name} is an image of mode {image.mode}; accepted: modes {', '.join(MASK_MODES)}, I, F")
-    if image.has_transparency_data:
-        clear = with_alpha(image)
-        if clear.getchannel("A").getextrema()[0] < 255:
-            return _mask_beside_alpha(clear, image.mode, name, threshold)
-        image = image if image.mode == "P" else clear.convert("RGB")
-    if image.mode == "P" and not _is_black_and_white(image):
-        return np.asarray(image)
-    if image.mode == "1":
-        return np.asarray(image)
-    grey = _grey(image.convert("RGB")) if image.mode != "L" else image
-    if grey is None:
-        raise ValueError(f"{name} is an RGB image with colours; accepted: modes 1, L, P, grey RGB")
-    values_HW, share = _two_valued(grey, threshold)
-    if values_HW is None:
-        accepted = f"{{0, 1}}, {{0, 255}}, or {LOSSY_SHARE:.0%} within {LOSSY_TOLERANCE} of 0 or 255"
-        raise ValueError(f"{name} has {share:.1%} of its grey values near 0 or 255; accepted: {accepted}")
-    return values_HW
-
-
-def _is_black_and_white(image: Image.Image) -> bool:
-    """Whether the colours of a palette picture tell the mask: those it uses are greys, black and white among them."""
-    used = np.flatnonzero(image.histogram()[:256])
-    colours = np.array(image.getpalette("RGB") or (), dtype=np.int64).reshape(-1, 3)
-    if used[-1] >= len(colours):
-        return False
-    colours = colours[used]
-    if np.ptp(colours, axis=1).max() > LOSSY_TOLERANCE:
-        return False
-    levels = colours.mean(axis=1)
-    black, white = levels <= LOSSY_TOLERANCE, levels >= 255 - LOSSY_TOLERANCE
-    return bool(black.any() and white.any()) or (len(used) == 1 and bool((black | white).all()))
-
-
-def _grey(image: Image.Image) -> Image.Image | None:
-    """The grey form of an RGB picture; None if it has colours beyond what lossy compression makes of grey."""
-    red, green, blue = (np.asarray(channel) for channel in image.split())
-    apart = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    return image.convert("L") if np.mean(apart <= LOSSY_TOLERANCE) >= LOSSY_SHARE else None
-
-
-def _two_valued(grey: Image.Image, threshold: int) -> tuple[np.ndarray | None, float]:
-    """The mask (H, W) that grey values tell, None if they tell none; and the share of them near 0 and 255."""
-    values_HW, levels = np.asarray(grey), np.array(grey.histogram())
-    if not levels[2:].any():
-        return values_HW == 1, 1.0
-    near = (levels[: LOSSY_TOLERANCE + 1].sum() + levels[255 - LOSSY_TOLERANCE :].sum()) / values_HW.size
-    return (values_HW >= threshold if near >= LOSSY_SHARE else None), near
-
-
-def _mask_beside_alpha(clear: Image.Image, mode: str, name: str, threshold: int) -> np.ndarray:
-    """The mask (H, W) of a picture with transparency, if its colours or its alpha alone tell one, or both the same."""
-    grey = _grey(clear.convert("RGB"))
-    told = [_two_valued(part, threshold)[0] for part in (grey, clear.getchannel("A")) if part is not None]
-    found = [mask for mask in told if mask is not None and mask.any() and not mask.all()]
-    if not found or not np.array_equal(found[0], found[-1]):
-        what = "tell two different masks" if found else "tell no mask"
-        accepted = "a mask in the colours or in the alpha, or the same in both"
-        raise ValueError(f"{name} is an image of mode {mode} whose colours and alpha {what}; accepted: {accepted}")
-    return found[0]
-
-
 def _region_of_rle(region: Mapping, frame: _Frame, name: str) -> Region | None:
     size = _plain_numbers(region.get("size"))
     resized = frame.resize and all(0 < number <= MOST_PIXELS and number % 1 == 0 for number in size)
@@ -323,7 +252,7 @@ def _region_of_rle(region: Mapping, frame: _Frame, name: str) -> Region | None:
         raise _wrong_size([short(number) for number in size], frame, f"{name} (RLE size)")
     height, width = (int(number) for number in size)
     counts = region["counts"]
-    counts = _decode_counts(counts, name) if isinstance(counts, (str, bytes)) else counts
+    counts = decode_counts(counts, name) if isinstance(counts, (str, bytes)) else counts
     runs = np.asarray(counts) if _is_numbers(counts) else np.asarray(counts, dtype=object)
     whole = runs.ndim == 1 and runs.dtype.kind in "iu"
     # Summed in float64, which no run can wrap round; it is exact below 2**53.
@@ -339,34 +268,6 @@ def _region_of_rle(region: Mapping, frame: _Frame, name: str) -> Region | None:
     return CroppedRegion.of_mask(_fitted(found.mask(), frame, name))
 
 
-def _decode_counts(counts: str | bytes, name: str) -> np.ndarray:
-    """Runs of a compressed COCO RLE: 5 bits a byte, from the fourth run on as difference to two runs before.
-
-    Read here because pycocotools decodes a string cut short into uninitialised memory; runs can be checked.
-    """
-    text = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
-    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-    strange = np.flatnonzero((codes < 0) | (codes > 63))
-    if strange.size:
-        raise ValueError(f"{name} has byte {codes[strange[0]] + 48} in its RLE string; accepted: 48 to 111")
-    ends = np.flatnonzero((codes & 32) == 0)  # the last byte of a number, which carries its sign
-    if codes.size and (ends.size == 0 or ends[-1] != codes.size - 1):
-        raise ValueError(f"{name} has an RLE string that ends inside a number; accepted: complete strings")
-    if not ends.size:
-        return np.zeros(0, dtype=np.int64)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if lengths.max() > MOST_BYTES_OF_A_RUN:
-        raise ValueError(f"{name} has a number of {lengths.max()} bytes in its RLE string; accepted: up to 12")
-    place = np.arange(codes.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
-    if np.abs(runs).sum(dtype=np.float64) >= 2**62:
-        raise ValueError(f"{name} has RLE counts whose sum is beyond any image; accepted: runs that fit the image")
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return runs
-
-
 def _region_of_polygon(rings: Sequence, frame: _Frame, name: str) -> Region | None:
     if coco_mask is None:
         raise ImportError(f"{name} is a polygon, which pycocotools draws: pip install pycocotools")
@@ -376,7 +277,7 @@ def _region_of_polygon(rings: Sequence, frame: _Frame, name: str) -> Region | No
     if len(rings) == height and all(_is_numbers(ring) and len(ring) == width for ring in rings):
         raise ValueError(f"{name} looks like a bitmap in nested lists; accepted: numpy.array of it, or polygons")
     flat = [_flat_ring(ring, frame.size_HW, f"{name}, ring {index}") for index, ring in enumerate(rings)]
-    runs = _decode_counts(coco_mask.merge(coco_mask.frPyObjects(flat, height, width))["counts"], name)
+    runs = decode_counts(coco_mask.merge(coco_mask.frPyObjects(flat, height, width))["counts"], name)
     drawn = StripedRegion.of_runs(runs, frame.size_HW)
     if drawn is None:
         return None

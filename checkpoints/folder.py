@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
+from perceptiondlm.image_processing_perceptiondlm import PerceptionDLMImageProcessor
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
 
 
 AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_perceptiondlm.PerceptionDLMImageProcessor",
     "AutoConfig": "configuration_perceptiondlm.PerceptionDLMConfig",
     "AutoModel": "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_perceptiondlm.PerceptionDLMForConditionalGeneration",
@@ -32,6 +34,7 @@ def register_auto_classes() -> None:
     """Make `save_pretrained` of these classes copy their code next to what they save."""
     PerceptionDLMConfig.register_for_auto_class()
     PerceptionDLMForConditionalGeneration.register_for_auto_class("AutoModel")
+    PerceptionDLMImageProcessor.register_for_auto_class()
     PerceptionDLMProcessor.register_for_auto_class()
 
 

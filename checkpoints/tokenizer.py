@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS
 from perceptiondlm.evaluation.photos.names import NameTable
-from perceptiondlm.processing_perceptiondlm import (
+from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
     END_OF_TEXT,

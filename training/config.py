@@ -1,7 +1,6 @@
 """Run configuration: one YAML per training, read into typed dataclasses. Unknown names and wrong types are refused."""
 
 import dataclasses
-import inspect
 import re
 import typing
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, TrainingArguments
 from perceptiondlm.checkpoints.vision_towers import TOWER_WEIGHTS
 from perceptiondlm.common.settings import build, check_names, checked, read_settings
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, OWN_SETTINGS
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.recomputation import NEWER_NAMES, declared, settled
 from perceptiondlm.vision_perceptiondlm import vision_config_class
@@ -167,7 +166,7 @@ class RunConfig:
         vision_weights: published weights of the vision tower of a model from nothing, "efficientnet-lite0".
         preset: named shape (`PRESETS`) of a model from nothing, and what a plan assumes while `init_from` is not there.
         model: keyword arguments of `PerceptionDLMConfig`; with `init_from`, only what differs from the checkpoint.
-        processor: keyword arguments of `PerceptionDLMProcessor`.
+        processor: settings of `PerceptionDLMProcessor.from_config`.
         batch_size: samples of an optimizer step over all processes; sets `trainer.gradient_accumulation_steps`.
         export_dtype: storage of the finished weights, a torch dtype name.
         resume: continue from the newest complete checkpoint in `trainer.output_dir` when there is one, which must be of
@@ -197,7 +196,7 @@ class RunConfig:
     def __post_init__(self):
         self.trainer = check_trainer(self.trainer)
         check_model(self.model)
-        check_names(self.processor, inspect.signature(PerceptionDLMProcessor).parameters, "processor.")
+        check_names(self.processor, (*OWN_SETTINGS, *IMAGE_SETTINGS, "chat_template"), "processor.")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.init_from is None and self.preset is None and "text_config" not in self.model:

@@ -19,13 +19,10 @@ from perceptiondlm.checkpoints.vision_towers import load_tower_weights
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
 from perceptiondlm.training.config import PARTS, QUANTIZED, RunConfig
 from perceptiondlm.training.sharding import sharding_asked
 
-
-# What a processor keeps when its base model becomes a region model.
-IMAGE_SETTINGS = ("max_tiles", "image_mean", "image_std")
 
 Start = tuple[PerceptionDLMForConditionalGeneration, PerceptionDLMProcessor]
 
@@ -125,7 +122,7 @@ def checkpoint_parts(
     config = PerceptionDLMConfig.from_pretrained(folder)
     conditioning = run.model.get("region_conditioning", config.region_conditioning)
     processor = PerceptionDLMProcessor.from_pretrained(folder, trust_remote_code=True)  # its tokenizer asks for this
-    image_settings = {name: getattr(processor, name) for name in IMAGE_SETTINGS}
+    image_settings = {name: getattr(processor.image_processor, name) for name in IMAGE_SETTINGS}
     generation = PerceptionDLMGenerationConfig.from_pretrained(folder)
     tokenizer = processor.tokenizer
     if config.region_conditioning == "none" != conditioning:

@@ -59,7 +59,7 @@ class PerceptionDLM(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
-        self.processor.max_tiles = max_tiles or self.processor.max_tiles
+        self.processor.image_processor = self.processor.image_processor.with_settings(max_tiles=max_tiles)
         model = AutoModel.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
 

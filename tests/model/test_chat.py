@@ -57,7 +57,7 @@ def test_two_images_and_several_turns(replay, tiny_processor, scene, pictures):
     assert rest.index("a car") < rest.index("And this?") < rest.index("<img>")
     assert rest.endswith("<|start_header_id|>assistant<|end_header_id|>\n")
     image_tokens = int((inputs["input_ids"] == replay.config.image_token_id).sum())
-    assert image_tokens == len(inputs["pixel_values"]) * processor.tokens_per_tile
+    assert image_tokens == len(inputs["pixel_values"]) * processor.config.tokens_per_side**2
     assert len(inputs["tile_grids"]) == 2
     ids = half_masked(replay, 1)
     swapped = dict(inputs)

@@ -11,7 +11,7 @@ from PIL import Image
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
-from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor, switches_of
 
 
 CHECKPOINT = Path(__file__).parents[2]
@@ -56,8 +56,12 @@ def test_embedded_weights_are_small_and_load_in_full_precision(model):
 
 def test_embedded_processor_and_settings_belong_to_the_model(model, processor):
     config = model.config
-    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=processor.max_tiles)
-    assert fitting.to_dict() == processor.to_dict()
+    most = processor.image_processor.max_tiles
+    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=most).to_dict()
+    found = processor.to_dict()
+    found["image_processor"].pop("auto_map")
+    assert fitting == found
+    assert switches_of(processor.config) == switches_of(config)
     assert len(processor.tokenizer) == config.text_config.vocab_size
     names = {
         "<IMG_CONTEXT>": config.image_token_id,

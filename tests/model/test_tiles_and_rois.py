@@ -19,7 +19,7 @@ def test_merging_tiles_undoes_tiling(tiny_model, tiny_processor, grid):
     processor = tiny_processor(tiny_model(), image_mean=[0.0] * 3, image_std=[1.0] * 3)
     columns, rows = grid
     pixels = np.random.default_rng(0).integers(0, 256, (rows * 64, columns * 64, 3), dtype=np.uint8)
-    tiles, found = processor.tile(Image.fromarray(pixels))
+    tiles, found = processor.image_processor.tile(Image.fromarray(pixels))
     assert found == grid
     assert len(tiles) == num_tiles(grid)
     merged = merge_tiles(torch.from_numpy(tiles).permute(0, 2, 3, 1), grid)

@@ -143,7 +143,9 @@ def test_a_picture_of_another_size_than_the_encoded_image_is_refused(focal, tiny
 
 
 def test_inputs_of_another_processor_are_refused(focal, tiny_processor, scene):
-    inputs = tiny_processor(focal, region_crop_size=0)(images=scene.image, masks=masks_of(scene))
+    without = copy.deepcopy(focal.config)
+    without.region_crop_size = 0
+    inputs = tiny_processor(without)(images=scene.image, masks=masks_of(scene))
     with pytest.raises(ValueError, match="region_crops must have shape"):
         scores(focal, inputs)
 

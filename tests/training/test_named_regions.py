@@ -20,7 +20,7 @@ TABLE = NameTable.coco()
 
 
 # What the source needs of an `AnswerFormat`: groups of at most three regions.
-ANSWERS = SimpleNamespace(processor=SimpleNamespace(num_region_prompts=3))
+ANSWERS = SimpleNamespace(processor=SimpleNamespace(config=SimpleNamespace(num_region_prompts=3)))
 
 
 @pytest.fixture

@@ -358,7 +358,7 @@ def test_region_stage_adds_its_parts_to_a_base_model_and_trains_everything(tmp_p
     model = AutoModel.from_pretrained(tmp_path / "final", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "final", trust_remote_code=True)
     assert model.config.region_conditioning == conditioning
-    assert processor.max_tiles == 2  # the base model's
+    assert processor.image_processor.max_tiles == 2  # the base model's
     image = Image.new("RGB", (64, 64), "blue")
     output = model.generate(**processor(images=image, boxes=[[4, 4, 30, 30], [34, 34, 60, 60]]), steps=2)
     assert len(processor.post_process_region_captions(output)[0]) == 2

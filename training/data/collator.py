@@ -65,17 +65,20 @@ class AnswerCollator:
         if "answers" in sample:
             return [self._turns_row(sample, max_tiles)]
         if "captions" not in sample:
-            return self.processor.text_rows([sample["images"]], [sample["prompt"]], max_tiles=max_tiles)
+            return self.processor.text_rows(
+                [sample["images"]], [sample["prompt"]], rendered=not sample["filler"], max_tiles=max_tiles
+            )
         ids = None
-        if self.processor.region_conditioning == "vision":
-            ids = draw_prompt_ids(len(sample["masks"]), self.processor.num_region_prompts, sample["noise_seed"])
+        if self.processor.config.region_conditioning == "vision":
+            ids = draw_prompt_ids(len(sample["masks"]), self.processor.config.num_region_prompts, sample["noise_seed"])
         return self.processor.region_rows(
             sample["image"], None, "masks", sample["masks"], max_tiles=max_tiles, prompt_ids=ids
         )
 
     def _turns_row(self, sample: dict[str, Any], max_tiles: int | None) -> dict:
         """One row of a conversation, whose shared tokens are seen from their own turn on."""
-        rows = self.processor.text_rows(sample["turn_images"], sample["turn_prompts"], max_tiles=max_tiles)
+        images, prompts = sample["turn_images"], sample["turn_prompts"]
+        rows = self.processor.text_rows(images, prompts, rendered=True, max_tiles=max_tiles)
         tiles = [row["tiles"] for row in rows if row["tiles"] is not None]
         joined = {name: [entry for row in rows for entry in row[name]] for name in ("ids", "roles", "grids", "sizes")}
         joined["regions"] = [turn for turn, row in enumerate(rows) for _ in row["ids"]]

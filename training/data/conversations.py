@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from perceptiondlm.processing_perceptiondlm import END_OF_TURN, IMAGE_TOKEN
+from perceptiondlm.prompting_perceptiondlm import END_OF_TURN, IMAGE_TOKEN
 from perceptiondlm.training.data.bad_records import BadRecord
 from perceptiondlm.training.data.columns import file_content
 from perceptiondlm.training.data.data_config import SourceConfig

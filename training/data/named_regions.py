@@ -60,7 +60,7 @@ class NamedRegionSource(Source):
         slots, cut = zip(*map(self.answers.slots, captions), strict=True)
         longest = sorted(slots, reverse=True)
         processor, lengths = self.answers.processor, []
-        for size in map(len, deal(len(good), processor.num_region_prompts, "")):
+        for size in map(len, deal(len(good), processor.config.num_region_prompts, "")):
             answers = self.answers.copies * (sum(longest[:size]) + size)  # a marker each
             lengths.append(processor.prompt_length(image.size, size) + processor.region_text_length() + answers)
         if max(lengths) > self.answers.max_length:
@@ -70,7 +70,7 @@ class NamedRegionSource(Source):
     def sample(self, record: int, unit: int, seed: str) -> dict[str, Any]:
         image, left_out = self._open(record), self.dropped.get(record, ())
         good = [index for index in range(len(self.names[record])) if index not in left_out]
-        group = [good[i] for i in deal(len(good), self.answers.processor.num_region_prompts, seed)[unit]]
+        group = [good[i] for i in deal(len(good), self.answers.processor.config.num_region_prompts, seed)[unit]]
         names, masks = [self.names[record][i] for i in group], self._masks(record, image, group)
         if self.config.augment:
             image, masks, kept = cut_out(image, masks, random.Random(f"cut/{seed}/{unit}"))

@@ -75,7 +75,7 @@ class RegionSource(Source):
         processor = self.answers.processor
         text = processor.region_text_length()
         lengths = []
-        for size in map(len, deal(len(captions), processor.num_region_prompts, "")):
+        for size in map(len, deal(len(captions), processor.config.num_region_prompts, "")):
             answers = self.answers.copies * (sum(longest[:size]) + size)  # a marker each
             lengths.append(processor.prompt_length(image.size, size) + text + answers)
         if max(lengths) > self.answers.max_length:
@@ -87,7 +87,7 @@ class RegionSource(Source):
         left_out = self.dropped.get(record, ())
         good = [region for index, region in enumerate(regions) if index not in left_out]
         masks, captions = zip(*good, strict=True)
-        group = deal(len(good), self.answers.processor.num_region_prompts, seed)[unit]
+        group = deal(len(good), self.answers.processor.config.num_region_prompts, seed)[unit]
         return {"image": image, "masks": [masks[i] for i in group], "captions": [captions[i] for i in group]}
 
     def _fault(self, index: int, region: tuple[Any, Any], size: tuple[int, int]) -> str | None:

@@ -27,7 +27,8 @@ from PIL import Image, UnidentifiedImageError
 
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.images_perceptiondlm import UNREADABLE, load_image
-from perceptiondlm.processing_perceptiondlm import END_OF_TURN, PerceptionDLMProcessor
+from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
+from perceptiondlm.prompting_perceptiondlm import END_OF_TURN
 from perceptiondlm.training.data.bad_records import BadRecord, retried
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 
