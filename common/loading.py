@@ -43,7 +43,10 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     model = options.model
     if model is None:
         if not (REPOSITORY / "config.json").is_file():
-            raise ValueError("no embedded model beside the installed package: choose one with --model")
+            raise ValueError(
+                "the installed package carries no model (a clone of the repository does): name one, such as --model "
+                "PATH/TO/CLONE, a folder made by perceptiondlm convert, or a Hub id"
+            )
         model = str(REPOSITORY)
     elif Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")

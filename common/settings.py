@@ -40,10 +40,13 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
     return content
 
 
+RECIPES = Path(__file__).resolve().parents[1] / "training" / "configs"
+
+
 def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file's mapping, laid over that of the file it extends."""
     if not path.is_file():
-        raise FileNotFoundError(f"no training config at {path}")
+        raise FileNotFoundError(f"no training config at {path}; the recipes lie in {RECIPES}")
     if path.resolve() in extending:
         raise ValueError(f"{path} extends itself, by way of {[str(other) for other in extending]}")
     try:

@@ -8,6 +8,7 @@ failure is repeated with `--only NUMBER`.
 """
 
 import argparse
+import base64
 import io
 import json
 import random
@@ -30,6 +31,9 @@ from perceptiondlm.common.region_files import read_regions
 from perceptiondlm.images_perceptiondlm import load_image, to_numpy
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.regions_perceptiondlm import region_masks
+from perceptiondlm.training.data.collator import AnswerCollator
+from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
+from perceptiondlm.training.data.mixture import build_dataset
 
 
 SIZE = HEIGHT, WIDTH = 24, 32
@@ -301,6 +305,7 @@ class Doors:
             self.pipeline,
             self.file,
             self.file,
+            self.record,
         )
 
     @staticmethod
@@ -362,6 +367,28 @@ class Doors:
         form = dice.choice(("masks", "masks", "boxes", "label_map"))
         region_masks(SIZE, **{form: read_regions(path, Path("a.png"), SIZE, form)})
         return "file"
+
+    def record(self, dice: random.Random) -> str:
+        """A record of a region set between two good ones: these are trained on whatever it holds."""
+        good = {
+            "image": "data:image/png;base64," + base64.b64encode(stored(self.image)).decode(),
+            "annotations": [{"segmentation": [[1, 1, 9, 1, 9, 9]], "caption": "a red cup"} for _ in range(2)],
+        }
+        odd = json.loads(json.dumps(good))
+        for _ in range(dice.randrange(1, 4)):
+            odd = mutated(odd, dice)
+        lines = "\n".join(json.dumps(each, default=repr) for each in (good, odd, good))
+        path = self.folder / "set.jsonl"
+        path.write_bytes(lines.encode(errors="surrogatepass"))
+        data = DataConfig([SourceConfig("regions", path=str(path))], max_bad_share=1.0)
+        with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+            loss = LossConfig(num_slots=8, noise_copies=1)
+            dataset = build_dataset(data, loss, self.pipe.processor, self.pipe.model.config, Path(cache))
+        report = dataset.report[0]
+        assert (report["records"], report["bad"] <= 1) == (3, True)
+        collator = AnswerCollator.build(data, loss, self.pipe.processor, self.pipe.model.config)
+        collator([dataset[index] for index in range(len(dataset))])
+        return "record"
 
 
 def try_one(doors: Doors, seed: int, number: int) -> str:

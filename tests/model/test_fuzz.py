@@ -14,5 +14,5 @@ def test_mutated_inputs_come_out_or_are_refused_by_name(model, processor, tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outcomes = [try_one(doors, 1, number) for number in range(400)]
-    assert {"regions", "image", "processor", "pipeline", "file", "refused"} == set(outcomes)
+    assert {"regions", "image", "processor", "pipeline", "file", "record", "refused"} == set(outcomes)
     assert 40 < outcomes.count("refused") < 360
