@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from perceptiondlm.common import loading
 from perceptiondlm.scripts.cli import main
