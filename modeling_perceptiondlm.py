@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -19,12 +18,13 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_perceptiondlm import EncodedImage, weights_fingerprint
-from .configuration_perceptiondlm import LOSS_WEIGHTINGS, PerceptionDLMConfig, num_tiles
+from .configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from .focal_perceptiondlm import APPEARANCE_CHANNELS, FocalReplay
 from .generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from .generation_perceptiondlm import PerceptionDLMGenerationMixin
 from .inputs_perceptiondlm import PromptInputs
 from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
+from .loss_perceptiondlm import drawn_noise, mask_answers, masked_diffusion_loss, token_losses
 from .passes_perceptiondlm import run_packed
 from .region_features_perceptiondlm import RegionReplay, box_geometry, roi_align
 from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
@@ -80,58 +80,6 @@ def pixel_unshuffle(patches_TPC: torch.Tensor, factor: int) -> torch.Tensor:
     n = int(patches**0.5) // factor
     squares = patches_TPC.view(tiles, n, factor, n, factor, channels)
     return squares.permute(0, 1, 3, 2, 4, 5).reshape(tiles, n, n, factor * factor * channels)
-
-
-def noise_answers(
-    labels_AG: torch.Tensor, mask_token_id: int, mask_probability_A1: torch.Tensor, uniform_AG: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward process of equation 1: every supervised token becomes the mask token with probability p.
-
-    Args:
-        labels_AG: clean ids, -100 where a slot is not supervised (it then stays masked from the model's view).
-        mask_probability_A1: p in (0, 1]; uniform_AG: draws from U(0, 1).
-    Returns:
-        noised ids (A, G), and the bool mask (A, G) of supervised tokens that were replaced.
-    """
-    return mask_answers(labels_AG, mask_token_id, uniform_AG < mask_probability_A1)
-
-
-def mask_answers(
-    labels_AG: torch.Tensor, mask_token_id: int, chosen_AG: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`noise_answers` where it is decided which tokens are masked, (A, G) bool."""
-    supervised = labels_AG != -100
-    masked = supervised & chosen_AG
-    return torch.where(masked | ~supervised, mask_token_id, labels_AG), masked
-
-
-def token_losses(logits_NV: torch.Tensor, labels_AG: torch.Tensor, masked_AG: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of the clean token in every masked slot, (A, G) in fp32, 0 elsewhere.
-
-    Args:
-        logits_NV: scores of the masked slots, in their order.
-    """
-    nll = F.cross_entropy(logits_NV.float(), labels_AG[masked_AG].to(logits_NV.device), reduction="none")
-    return torch.zeros(masked_AG.shape, device=nll.device).masked_scatter(masked_AG.to(nll.device), nll)
-
-
-def masked_diffusion_loss(
-    nll_AG, labels_AG, masked_AG, mask_probability_A1, weighting: str = "elbo", num_items: torch.Tensor | None = None
-):
-    """Equation 2 from the `token_losses` of the masked tokens.
-
-    Args:
-        weighting: of `LOSS_WEIGHTINGS`. `"elbo"` weighs a token by 1/p and divides by the number of supervised tokens;
-            `"masked"` averages over the masked tokens, which bounds the weight (lower variance).
-        num_items: what to divide by instead, for a batch that is spread over passes and processes.
-    """
-    if weighting not in LOSS_WEIGHTINGS:
-        raise ValueError(f"unknown loss weighting {weighting!r}, known are {LOSS_WEIGHTINGS}")
-    if weighting == "masked":
-        total, items = nll_AG.sum(), masked_AG.sum()
-    else:
-        total, items = (nll_AG / mask_probability_A1).sum(), (labels_AG != -100).sum()
-    return total / (items.clamp(min=1) if num_items is None else num_items)
 
 
 class PerceptionDLMPreTrainedModel(PreTrainedModel):
@@ -276,14 +224,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         spans = self.place_answers(conditioned, labels.shape[0], labels.shape[1], (labels != -100).sum(dim=1))
         if self.config.supervise_markers:
             labels = spans.enclose_labels(labels)
-        if mask_probability is None:
-            mask_probability = torch.rand(len(labels), 1, device=labels.device) * 0.999 + 1e-3
-        elif mask_probability.dtype == torch.int32:
-            mask_probability = mask_probability.view(torch.float32)
-        if answer_masked is None:
-            answer_noise = torch.rand(labels.shape, device=labels.device) if answer_noise is None else answer_noise
-            answer_masked = answer_noise < mask_probability
-        noised, masked = mask_answers(labels, self.config.mask_token_id, answer_masked)
+        probability, chosen = drawn_noise(labels, mask_probability, answer_noise, answer_masked)
+        noised, masked = mask_answers(labels, self.config.mask_token_id, chosen)
         # 3. denoise all answers in one pass
         if self.config.supervise_markers:
             hidden = self.run_spans(conditioned, spans, noised)
@@ -293,7 +235,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         # 4. loss (equation 2)
         scores_NV = self.lm_head(hidden[masked.to(hidden.device)]) if logits is None else logits[masked]
         nll = token_losses(scores_NV, labels, masked)
-        loss = masked_diffusion_loss(nll, labels, masked, mask_probability, loss_weighting, num_items)
+        loss = masked_diffusion_loss(nll, labels, masked, probability, loss_weighting, num_items)
         return PerceptionDLMOutput(loss=loss, logits=logits, masked=masked, token_losses=nll.detach())
 
     def find_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:

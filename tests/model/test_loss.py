@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from perceptiondlm.modeling_perceptiondlm import (
-    masked_diffusion_loss,
-    noise_answers,
-    token_losses,
-)
+from perceptiondlm.loss_perceptiondlm import masked_diffusion_loss, noise_answers, token_losses
 from perceptiondlm.training.data.noise import stratified_noise
 
 

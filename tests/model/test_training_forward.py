@@ -9,9 +9,7 @@ from model_batches import (
 )
 from torch.nn import functional as F
 
-from perceptiondlm.modeling_perceptiondlm import (
-    noise_answers,
-)
+from perceptiondlm.loss_perceptiondlm import noise_answers
 from perceptiondlm.training.recomputation import recompute_activations
 
 
