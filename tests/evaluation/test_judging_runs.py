@@ -57,7 +57,7 @@ def test_a_refused_key_or_a_used_up_quota_costs_no_answer(
     with JudgeServer(latency=0.002, stop_after=30, stop_reply=(status, {"error": error})) as server:
         assert _evaluate(server, folder, tmp_path, "--concurrency", "4") == 2
         kept = len(AnswerCache(tmp_path / "answers.jsonl"))
-        assert kept + 1 == server.answered.total() >= 30  # the first question only tries the judge out
+        assert kept == server.answered.total() >= 30
         said = capsys.readouterr().err.splitlines()[-1]
         assert message in said
         assert f"{kept} answers are kept in {tmp_path / 'answers.jsonl'}; the same command goes on from there" in said
@@ -65,10 +65,7 @@ def test_a_refused_key_or_a_used_up_quota_costs_no_answer(
         assert not (tmp_path / "results.json").exists()
         server.stop_after = None
         assert _evaluate(server, folder, tmp_path, "--concurrency", "16") == 0
-    trials = [count for question, count in server.answered.items() if "Answer with the letter A." in question]
-    assert trials == [2]  # one for each run
-    assert set(server.answered.values()) == {1, 2}
-    assert list(server.answered.values()).count(2) == 1
+    assert set(server.answered.values()) == {1}
     continued, whole = (read_results(path / "results.json") for path in (tmp_path, clean))
     assert continued.score == whole.score
     assert continued.judging["new_answers"] == whole.judging["answers"] - kept
