@@ -66,7 +66,7 @@ class AnswerCollator:
             return [self._turns_row(sample, max_tiles)]
         if "captions" not in sample:
             return self.processor.text_rows(
-                [sample["images"]], [sample["prompt"]], rendered=not sample["filler"], max_tiles=max_tiles
+                [sample["images"]], [sample["prompt"]], rendered=sample.get("rendered", False), max_tiles=max_tiles
             )
         ids = None
         if self.processor.config.region_conditioning == "vision":

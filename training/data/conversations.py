@@ -122,7 +122,7 @@ def row_sample(row: dict[str, Any], unit: int, seed: str, config: SourceConfig, 
         lengths = prompt_lengths(images, turns, answers)
         unit = random.Random(f"turn/{seed}").randrange(sum(answers.room(length) > 0 for length in lengths))
     turn = turns[unit]
-    return {"images": images[: turn.num_images], "prompt": turn.prompt, "answer": turn.answer}
+    return {"images": images[: turn.num_images], "prompt": turn.prompt, "rendered": True, "answer": turn.answer}
 
 
 def fitting_turns(turns: list[Turn], lengths: list[int], answers: AnswerFormat) -> int:
