@@ -8,7 +8,8 @@ A sample is a dict, of regions, of a turn to answer, or of several turns in one 
 
     turn_prompts, turn_images, answers     per turn: what its prompt adds to the turn before, and the answer
 
-and `rendered` where the prompt is a rendered chat, to which the mixture adds `noise_seed`, `coarse` and `filler`. The collator makes batches of them.
+and `rendered` where the prompt is a rendered chat. To these the mixture adds `noise_seed`, `coarse` and `filler`. The
+collator makes batches of them.
 """
 
 import base64
