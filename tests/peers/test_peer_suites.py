@@ -45,7 +45,7 @@ PROCESSOR_FAILURES = {
     "test_kwargs_overrides_default_subprocessor_kwargs_0_images": NEVER_TRUNCATED,
     "test_model_input_names": "the names of all keys are listed, whichever of them a call returns",
     "test_processor_text_has_no_visual": "fetches a picture from the Hub",
-    "test_processor_to_json_string": "switches are saved in the model's config.json, not among the processor's settings",
+    "test_processor_to_json_string": "switches are saved in config.json, not among the settings",
     "test_structured_kwargs_nested_from_dict_0_images": NEVER_TRUNCATED,
     "test_subprocessor_defaults_0_text": "text is a question: it is put into the chat template, not tokenized bare",
     "test_subprocessor_defaults_preserved_by_kwargs_0_images": NEVER_TRUNCATED,
