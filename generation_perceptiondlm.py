@@ -106,8 +106,7 @@ class PerceptionDLMGenerationMixin:
         inputs = PromptInputs(input_ids=input_ids, encoded_image=encoded_image, **tensors).checked(self)
         images = self._images(inputs)
         # 2. start from masks everywhere
-        targets = inputs.num_regions.clamp(min=1).tolist()  # a row without regions has one answer
-        row_A = [row for row, count in enumerate(targets) for _ in range(count)]
+        row_A = inputs.rows_of_answers()
         rows = torch.tensor(row_A, device=input_ids.device)
         canvas = Canvas.blank(len(row_A), settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
         samples_A = rows if sample_ids is None else sample_ids[rows]
@@ -165,9 +164,8 @@ class PerceptionDLMGenerationMixin:
         else:
             interval = settings.refresh_interval if use_cache and not layout.static_prompt else 1
             passes = PackedPasses(self, prompt, length, interval, settings.compile)
-        targets = inputs.num_regions.clamp(min=1).tolist()
-        row_A = [row for row, count in enumerate(targets) for _ in range(count)]
-        policy = Policy(settings, layout.static_prompt, passes.answers_can_leave, row_A, canvas.ids.device)
+        rows = inputs.rows_of_answers()
+        policy = Policy(settings, layout.static_prompt, passes.answers_can_leave, rows, canvas.ids.device)
         ends = (self.config.end_of_turn_token_id, self.config.end_of_text_token_id)
         vocabulary = self.config.text_config.vocab_size
         return Denoiser(canvas, passes, self.lm_head, policy, settings, ends, vocabulary, generator)

@@ -119,6 +119,11 @@ class PromptInputs:
             part["prompt_coverage"] = torch.cat([split[row] for row in chosen])
         return replace(self, **part, shown_images=[self.shown_images[row] for row in chosen])
 
+    def rows_of_answers(self) -> list[int]:
+        """The row of every answer: one for each region, and one for a row without regions."""
+        counts = self.num_regions.clamp(min=1).tolist()
+        return [row for row, count in enumerate(counts) for _ in range(count)]
+
     def rounds(self) -> list[tuple[list[int], list[int]]]:
         """Rows that run together, and the images that no later round needs.
 

@@ -1,4 +1,4 @@
-"""The model class that lmms-eval runs; what it runs: `general_benchmarks.py`.
+"""The model class that lmms-eval runs; what it runs: `tasks.py`.
 
     pip install "perceptiondlm[lmms-eval]"
     lmms-eval --model perceptiondlm --model_args pretrained=models/base --tasks mmstar,chartqa --batch_size 8

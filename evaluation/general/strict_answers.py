@@ -19,7 +19,7 @@ _TASK = re.compile(r"samples_(.+)\.jsonl$")
 
 @runtime_checkable
 class TextJudge(Protocol):
-    """Answers free prompts, such as `judges_chat.ChatJudge`."""
+    """Answers free prompts, such as `judges.chat.ChatJudge`."""
 
     def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]: ...
 

@@ -34,12 +34,7 @@ BASE_STAGES = ("stage1_alignment", "stage2_midtraining", "stage3_instruction", "
 COUNTS = {"projector": {"total": 1000, "trained": 1000}, "language_model": {"total": 9000, "trained": 0}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_run(*overrides: str):

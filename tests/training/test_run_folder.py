@@ -4,19 +4,13 @@ import json
 import shutil
 
 import pytest
-import torch
 from miniature_runs import log_of, losses, miniature, weights, write_miniature
 
 from perceptiondlm.training.run_folder import changed_settings
 from perceptiondlm.training.train import main, make_trainer, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rates_of(folder):

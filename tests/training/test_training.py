@@ -32,13 +32,7 @@ from perceptiondlm.training.trainer import loss_items
 CONFIGS = ROOT / "training" / "configs"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models run fastest on one thread, and subprocesses share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
