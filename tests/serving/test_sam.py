@@ -18,7 +18,8 @@ SIDE = 64  # pixels of the tiny models' input
 DECODER = {
     "hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
 }  # fmt: skip
-SQUARE = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SQUARE = {"size": {"height": SIDE, "width": SIDE}, **COLOURS}
 PADDED = {**SQUARE, "size": {"longest_edge": SIDE}, "pad_size": {"height": SIDE, "width": SIDE}, "resample": 2}
 LOOSE = {"points_per_side": 4, "prompts_per_pass": 5, "least_score": -1e9, "least_stability": 0.0, "least_share": 0.0}
 
@@ -49,9 +50,9 @@ def sam(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
     backbone = {
-        "hidden_size": 8, "num_attention_heads": 1, "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 1, 1, 1],
+        "hidden_size": 8, "num_attention_heads": 1, "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 1, 2, 1],
         "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
-        "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [2], "patch_kernel_size": [7, 7],
+        "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [3], "patch_kernel_size": [7, 7],
         "patch_stride": [4, 4], "patch_padding": [3, 3], "query_stride": [2, 2],
         "window_positional_embedding_background_size": [4, 4], "model_type": "sam2_hiera_det_model",
     }  # fmt: skip
