@@ -42,7 +42,7 @@ class ClassicalSegmenter:
 
     def __init__(
         self, working_side: int = 384, superpixels: int = 400, least_share: float = 0.002,
-        least_contrast: float = 0.3, most_regions: int = 64,
+        least_contrast: float = 0.45, most_regions: int = 64,
     ):  # fmt: skip
         counts = {"working_side": working_side, "superpixels": superpixels, "most_regions": most_regions}
         for name, value in counts.items():
