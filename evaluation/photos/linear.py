@@ -85,7 +85,9 @@ def pooled(model: Any, inputs: Any) -> torch.Tensor:
     coverage, sizes_R2 = inputs["region_coverage"].float(), inputs["image_sizes"].expand(len(inputs["region_boxes"]), 2)
     covered_Rb = F.avg_pool2d(coverage[:, None], config.coverage_subsamples).flatten(1)
     boxes_R4 = config.rois.boxes(inputs["region_boxes"], sizes_R2, False)
-    feature_map = merge_tiles(square(model.tile_features(inputs["pixel_values"])), tuple(inputs["tile_grids"][0].tolist()))
+    feature_map = merge_tiles(
+        square(model.tile_features(inputs["pixel_values"])), tuple(inputs["tile_grids"][0].tolist())
+    )
     parts = [mean_under_mask(roi_align(feature_map, boxes_R4, bins, samples), covered_Rb)]
     if config.region_crop_size:
         crops = square(model.tile_features(inputs["region_crops"]))
