@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.common.loading import REPOSITORY, load_pipeline
+from perceptiondlm.common.loading import DRAWN_MODEL, load_pipeline
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.inputs_perceptiondlm import PromptInputs
 from perceptiondlm.sampling_perceptiondlm import Canvas
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--seed", type=int, default=500)
     parser.add_argument("--threshold", type=float, default=0.9, help="probability from which a draft's token stays")
-    parser.add_argument("--model", default=str(REPOSITORY))
+    parser.add_argument("--model", default=str(DRAWN_MODEL), help="directory or Hub id")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     pipe = load_pipeline(argparse.Namespace(model=options.model, device=None, dtype="auto", quantize=None))

@@ -60,7 +60,8 @@ class ClassicalSegmenter:
         tree = self._tree(image)
         nodes = tree.best_partition(self.least_share, LARGEST_SHARE, self.least_contrast)
         nodes = sorted(nodes, key=lambda node: -tree.areas_M[node])[: self.most_regions]
-        return [self._found(tree, tree.members_MS[node], image, tree.contrast_M[node]) for node in nodes]
+        found = [self._found(tree, tree.members_MS[node], image, tree.contrast_M[node]) for node in nodes]
+        return sorted(found, key=lambda region: -region.area)
 
     def at_boxes(self, image: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> list[FoundRegion]:
         """What differs from the surroundings of each box, inside it; the box itself where hardly anything does."""
