@@ -48,9 +48,9 @@ class ClassicalSegmenter:
         for name, value in counts.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, value in {"least_share": least_share, "least_contrast": least_contrast}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+        for name, share in {"least_share": least_share, "least_contrast": least_contrast}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {share!r}")
         self.working_side, self.superpixels, self.most_regions = working_side, superpixels, most_regions
         self.least_share, self.least_contrast = least_share, least_contrast
         self._last: tuple[bytes, MergeTree] | None = None

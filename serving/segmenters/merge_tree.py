@@ -23,7 +23,7 @@ except ImportError as error:
 
 EDGE_WEIGHT = 3.0  # of the mean gradient along a border (0 to 1) beside the distance of colours (0 to 1)
 MEANS_SHARE = 0.5  # of the distance of mean colours in that of colours; histograms have the rest
-FARTHEST = 60.0  # distance of mean colours in Lab that counts as 1
+FARTHEST = 60.0  # distance of mean colours in Lab from which on it counts as 1
 SMALL_FIRST = 0.15  # power of the product of both areas, as shares of the image, in the cost of a merge
 ENCLOSED_FIRST = 0.5  # power of the share of the border in common
 BINS = (6, 6, 6)  # of colours, for L, a and b
@@ -141,12 +141,12 @@ class MergeTree:
         return chosen
 
     def contrast_of(self, members_S: np.ndarray) -> float:
-        """Distance of the mean colour of superpixels from that of the others, in [0, 1] (1 from 50 in Lab on)."""
+        """Distance of the mean colour of superpixels from that of the others, in [0, 1]."""
         if members_S.all() or not members_S.any():
             return 0.0
         sizes = np.bincount(self.labels_hw.ravel(), minlength=len(members_S))
         means = [np.average(self.colours_S3[part], axis=0, weights=sizes[part]) for part in (members_S, ~members_S)]
-        return float(min(1.0, np.linalg.norm(means[0] - means[1]) / 50))
+        return min(1.0, float(np.linalg.norm(means[0] - means[1])) / FARTHEST)
 
 
 class _Merges:

@@ -169,7 +169,7 @@ def load_sam(name: str, device: str | None = None, **options: Any):
 
 def default_device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def picture_key(image: Image.Image) -> bytes:
