@@ -50,6 +50,7 @@ def decode(pipe: Any, image: Image.Image, masks: np.ndarray, draft: torch.Tensor
     """Ids (A, G), passes and seconds behind the encoded prompt, from masks alone or from a draft's ids."""
     model = pipe.model
     batch = dict(pipe.processor(images=image, masks=list(masks)))
+    batch.pop("sample_ids")
     settings, tensors = model._settings_and_inputs(None, {"preset": "fast", **batch})
     inputs = PromptInputs(**tensors).checked(model)
     rows = inputs.rows_of_answers()

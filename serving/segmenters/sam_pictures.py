@@ -66,8 +66,8 @@ class PictureSettings:
         """An RGB image as float32 (1, 3, P, Q); padding is 0 after normalising."""
         frame = self.frame((image.height, image.width))
         (seen_h, seen_w), (height, width) = frame.seen, frame.whole
-        values_hw3 = np.asarray(image.resize((seen_w, seen_h), Image.Resampling(self.resample)), dtype=np.float32)
-        values_hw3 = (values_hw3 / 255 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        values_hw3 = np.asarray(image.resize((seen_w, seen_h), Image.Resampling(self.resample))) / np.float32(255)
+        values_hw3 = (values_hw3 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         pixels_3hw = torch.from_numpy(values_hw3).permute(2, 0, 1)
         return F.pad(pixels_3hw, (0, width - seen_w, 0, height - seen_h))[None].contiguous()
 
