@@ -1,12 +1,15 @@
 """Videos: shots, key frames, spans, and captions that are those of their key frames."""
 
 import json
+from argparse import Namespace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from perceptiondlm.common.loading import DRAWN_MODEL, load_pipeline
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.scripts.cli import main
@@ -177,3 +180,62 @@ def test_the_command_captions_a_video_with_its_masklets(clip, tmp_path, capsys):
     assert "got --attributes" in capsys.readouterr().err
     assert main(["caption", str(path), "--boxes", "1,1,9,9"]) == 2
     assert "with --masks: a tracker's masklets" in capsys.readouterr().err
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The drawn world's model, whose captions are confident."""
+    return load_pipeline(Namespace(model=str(DRAWN_MODEL), device=None, dtype="float32", quantize=None))
+
+
+def inputs_of(pipe, scene, **keywords):
+    return pipe.processor(images=scene.image, masks=[item.mask for item in scene.objects], **keywords)
+
+
+def test_a_confirmed_draft_saves_passes_and_a_blank_one_changes_nothing(drawn):
+    scene = draw_scene(500, 3)
+    plain = drawn.model.generate(**inputs_of(drawn, scene), preset="fast")
+    again = drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=plain.sequences)
+    assert again.num_forward_passes < plain.num_forward_passes
+    same = (again.sequences == plain.sequences).all(dim=1)
+    assert same.float().mean() >= 0.5
+    blank = torch.full_like(plain.sequences, drawn.model.config.mask_token_id)
+    nothing = drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=blank)
+    assert torch.equal(nothing.sequences, plain.sequences)
+    assert nothing.num_forward_passes == plain.num_forward_passes + 2
+
+
+def test_a_draft_of_other_regions_is_not_kept(drawn):
+    """Drafts of the objects in reverse order: what is wrong is denoised anew."""
+    scene = draw_scene(500, 3)
+    plain = drawn.model.generate(**inputs_of(drawn, scene), preset="fast")
+    turned = drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=plain.sequences.flip(0))
+    names = [item.category for item in scene.objects]
+    captions = drawn.processor.post_process_region_captions(turned)[0]
+    right = [name in caption for name, caption in zip(names, captions, strict=True)]
+    assert np.mean(right) > 0.5
+
+
+def test_drafts_follow_the_callers_order_in_groups_of_regions(drawn):
+    scene = draw_scene(500, 3)
+    plain = drawn.model.generate(**inputs_of(drawn, scene), preset="fast")
+    keywords = {"preset": "fast", "draft": plain.sequences}
+    whole = drawn.model.generate(**inputs_of(drawn, scene), **keywords)
+    grouped = drawn.model.generate(**inputs_of(drawn, scene, max_regions_per_pass=2), **keywords)
+    assert torch.equal(whole.sequences, grouped.sequences)
+    with pytest.raises(ValueError, match=r"draft is torch.int64 \(1, 32\); accepted: torch.int64"):
+        drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=plain.sequences[:1])
+
+
+def test_key_frames_start_from_the_captions_of_the_one_before(drawn, clip):
+    path, masklets, _ = clip
+    passes = []
+    generate = drawn.model.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawn.model, "generate", lambda **inputs: passes.append("draft" in inputs) or generate(**inputs))
+        found = caption_video(drawn, path, masklets, every=0.5, drafts=True, preset="fast")
+    assert passes == [False, True, True, False, True]  # a shot's first look has no draft
+    assert {one["object"] for one in found} == {"first", "second"}
