@@ -84,7 +84,7 @@ def idle_cpus(arguments: TrainingArguments) -> str | None:
     if not arguments.use_cpu or torch.get_num_threads() >= share:
         return None
     return (
-        f"note: each process computes with {torch.get_num_threads()} thread(s), this machine has {os.cpu_count()} CPUs: "
+        f"note: a process computes with {torch.get_num_threads()} thread(s), this machine has {os.cpu_count()} CPUs: "
         f"OMP_NUM_THREADS={share} accelerate launch ... is faster"
     )
 
