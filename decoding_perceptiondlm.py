@@ -79,6 +79,7 @@ class Decoding:
         self.canvas = Canvas.blank(len(self.row_A), settings.max_new_tokens, model.config.mask_token_id, device)
         self.samples_A = self.rows if sample_ids is None else sample_ids[self.rows]
         self.order = caller_order(self.samples_A, region_order)
+        self.sample_of_row = None if sample_ids is None else sample_ids.tolist()
         self._round: tuple[torch.Tensor, Canvas] | None = None  # the answers that run, and their part of the canvas
 
     def steps(self) -> Iterator[Step]:
@@ -90,7 +91,7 @@ class Decoding:
             ValueError: the model's logits are not numbers.
         """
         images = self._encoded_images()
-        for chosen, last in self.inputs.rounds():
+        for chosen, last in self.inputs.rounds(self.sample_of_row):
             answers = torch.tensor(
                 [a for a, row in enumerate(self.row_A) if row in chosen], device=self.canvas.ids.device
             )

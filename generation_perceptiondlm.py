@@ -54,8 +54,8 @@ class PerceptionDLMGenerationMixin:
     ) -> PerceptionDLMGenerationOutput | torch.Tensor:
         """Denoise the captions of all regions (or one answer per row without regions) in parallel.
 
-        Rows that hold groups of one image's regions run one after the other on one encoded image: peak memory is that
-        of the largest group.
+        Rows that hold groups of one sample's regions run one after the other on one encoded image: peak memory is that
+        of the largest group. Samples run together, also those that ask one image different questions.
 
         Args:
             input_ids: (B, L), and in `kwargs` the other tensors of [`PerceptionDLMProcessor`].

@@ -171,12 +171,13 @@ class Preparer:
             question = prepared.ask.question or self.processor.region_question
             inputs = self.processor.collate(self.processor.lay_out(passes, question, 0))
         else:
-            for part in image_parts(prepared.messages) if image is not None else ():
-                part["image"] = image
+            images = [part.pop("image") for part in image_parts(prepared.messages)]  # a dataclass there becomes a dict
+            options = {"max_tiles": prepared.ask.max_tiles, "exif": prepared.ask.exif}
+            if images:
+                options["images"] = images if image is None else [image]
             inputs = self.processor.apply_chat_template(
-                prepared.messages, tokenize=True, return_dict=True, add_generation_prompt=True,
-                processor_kwargs={"max_tiles": prepared.ask.max_tiles, "exif": prepared.ask.exif},
-            )  # fmt: skip
+                prepared.messages, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=options
+            )
         inputs = dict(inputs.to(self.model.device))
         return inputs if image is None else {**inputs, "encoded_image": image}
 
