@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
+    parser.add_argument(
+        "--linear",
+        action="store_true",
+        help="photos: beside it a linear classifier on the same vision tower, trained on train.json beside the file",
+    )
     add_judge_arguments(parser, f"{JUDGES}; without it a benchmark is captioned only")
     parser.add_argument(
         "--show-image",
