@@ -287,9 +287,7 @@ class Engine:
         try:
             if job.on_draft is not None:
                 job.on_draft(
-                    Draft(
-                        job.decoding.drafts(), self.processor.tokenizer, self.model.config.mask_token_id, self._ends
-                    )
+                    Draft(job.decoding.drafts(), self.processor.tokenizer, self.model.config.mask_token_id, self._ends)
                 )
             job.step = next(job.steps, None)
             if job.step is None:

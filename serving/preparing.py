@@ -61,7 +61,9 @@ class Ask:
         if isinstance(self.regions, Mapping):
             given = [(form, value) for form, value in self.regions.items() if value is not None]
             if len(given) != 1 or given[0][0] not in REGION_FORMS:
-                raise ValueError(f"regions is a mapping of {short(list(self.regions))}; accepted: one of {REGION_FORMS}")
+                raise ValueError(
+                    f"regions is a mapping of {short(list(self.regions))}; accepted: one of {REGION_FORMS}"
+                )
             return given[0]
         if not all(isinstance(region, FoundRegion) for region in self.regions):
             raise TypeError("regions must be found regions, or a mapping such as {'masks': masks}")

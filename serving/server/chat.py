@@ -76,7 +76,9 @@ def marked_regions(read: list[tuple[Image.Image, np.ndarray | None]]) -> RegionA
     regions = []
     for place, (picture, mask) in enumerate(read):
         if mask is None:
-            raise Refused(400, f"image {place} marks no region, others do; accepted: an alpha channel in all", "regions")
+            raise Refused(
+                400, f"image {place} marks no region, others do; accepted: an alpha channel in all", "regions"
+            )
         if not np.array_equal(np.asarray(picture), first):
             raise Refused(400, f"image {place} has other colours than image 0; {ONE_TURN}", "regions")
         regions.append(FoundRegion.of_mask(mask))

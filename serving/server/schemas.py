@@ -101,8 +101,8 @@ class Message(BaseModel):
 class ChatRequest(Strict):
     """A conversation about images, or about regions of one image, in the form of OpenAI's chat completions.
 
-    Besides that form: `regions`, `settings` and `max_tiles`. Keywords of autoregressive decoding are accepted where they ask
-    for nothing.
+    Besides that form: `regions`, `settings` and `max_tiles`. Keywords of autoregressive decoding are accepted where
+    they ask for nothing.
     """
 
     model: str | None = None

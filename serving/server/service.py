@@ -93,7 +93,9 @@ class Service:
                 upload = await upload_of(form)
             return await self._on_thread(parse, upload.request, CaptionRequest), upload
         if kind not in ("application/json", ""):
-            raise Refused(415, f"content-type is {kind[:80]!r}; accepted: application/json, multipart/form-data", "type")
+            raise Refused(
+                415, f"content-type is {kind[:80]!r}; accepted: application/json, multipart/form-data", "type"
+            )
         content = await request.body()
         return await self._on_thread(parse, content, CaptionRequest), Upload()
 
@@ -221,11 +223,7 @@ async def upload_of(form: Any) -> Upload:
         elif name == "request" and not is_file:
             upload.request = value
         else:
-            raise Refused(
-                400,
-                f"the form has a {'file' if is_file else 'field'} {name[:80]!r}; accepted: one file image, files masks, "
-                "and the field request (the rest as JSON)",
-                "fields",
-            )
+            found = f"the form has a {'file' if is_file else 'field'} {name[:80]!r}"
+            accepted = "one file image, files masks, and the field request (the rest as JSON)"
+            raise Refused(400, f"{found}; accepted: {accepted}", "fields")
     return upload
-

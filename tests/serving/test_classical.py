@@ -36,9 +36,7 @@ def test_regions_of_boxes_are_closer_to_the_objects_than_the_boxes(segmenter):
     found, boxes = [], []
     for scene in SCENES:
         corners = [box_of(item.mask) for item in scene.objects]
-        for item, corner, region in zip(
-            scene.objects, corners, segmenter.at_boxes(scene.image, corners), strict=True
-        ):
+        for item, corner, region in zip(scene.objects, corners, segmenter.at_boxes(scene.image, corners), strict=True):
             x0, y0, x1, y1 = region.box
             assert corner[0] <= x0 < x1 <= corner[2]
             assert corner[1] <= y0 < y1 <= corner[3]

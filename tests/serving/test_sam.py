@@ -18,7 +18,11 @@ SIDE = 64  # pixels of the tiny models' input
 DECODER = {
     "hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
 }  # fmt: skip
-SQUARE = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SQUARE = {
+    "size": {"height": SIDE, "width": SIDE},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 PADDED = {**SQUARE, "size": {"longest_edge": SIDE}, "pad_size": {"height": SIDE, "width": SIDE}, "resample": 2}
 LOOSE = {"points_per_side": 4, "prompts_per_pass": 5, "least_score": -1e9, "least_stability": 0.0, "least_share": 0.0}
 
