@@ -64,8 +64,12 @@ class Replicas:
 def deployment(recipe: Recipe, replicas: Replicas | None = None) -> Any:
     """A Serve application, to be given to `serve.run`."""
     replicas = replicas or Replicas()
+
+    def build() -> Any:  # in the replica's process
+        return recipe.app()
+
     made = serve.deployment(
-        serve.ingress(recipe.app)(Replica),
+        serve.ingress(build)(Replica),
         name=NAME,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=recipe.limits.max_requests,
