@@ -61,7 +61,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, reason: str, code: str):
         super().__init__(reason)
-        self.status, self.reason, self.code = status, reason, code
+        self.status, self.code = status, code
+        self.reason = reason.encode("utf-8", "replace").decode()  # it may quote what is no text
 
     def body(self) -> dict[str, Any]:
         """What the client gets."""

@@ -105,10 +105,16 @@ class Reader:
         self.check_text(regions.text)
 
     def check_text(self, *texts: str | None) -> None:
-        """Refuse questions that are longer than accepted."""
-        length = sum(len(text) for text in texts if text)
-        if length > self.limits.max_text:
-            raise too_large(f"the texts have {length} characters; accepted: {self.limits.max_text}")
+        """Refuse questions that are longer than accepted, or no Unicode text."""
+        whole = "".join(text for text in texts if text)
+        if len(whole) > self.limits.max_text:
+            raise too_large(f"the texts have {len(whole)} characters; accepted: {self.limits.max_text}")
+        try:
+            whole.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(
+                400, f"a text holds half a character ({error.reason}); accepted: Unicode", "fields"
+            ) from error
 
     def region_ask(self, picture: Image.Image, given: Regions, files: Sequence[bytes] = ()) -> RegionAsk:
         """The regions of a picture: masks first, those in files behind the others, then boxes and points."""

@@ -1,6 +1,7 @@
 """What the endpoints do: read a request, ask the engine, wait for the answer as long as somebody wants it."""
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ from perceptiondlm.serving.server.streaming import Drafts, EventStream, disconne
 Result = TypeVar("Result")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 GONE = 499  # nobody reads it: the client has gone
+READING_SECONDS = 30  # that a client has beyond its answer to read the last events of a stream
+
+logger = logging.getLogger(__name__)
 
 
 class Service:
@@ -177,15 +181,18 @@ class Service:
                     yield one
             except Refused as refused:
                 yield event(refused.body(), "error")
+            except Exception as error:
+                logger.error("a stream failed", exc_info=error)
+                yield event(Refused(500, "the server failed on this request", "internal").body(), "error")
             finally:
                 handle.cancel()
 
-        return EventStream(closing(), self.limits.answer_seconds)
+        return EventStream(closing(), self.limits.answer_seconds + READING_SECONDS)
 
     async def _caption_events(
         self, name: str, handle: Handle, drafts: Drafts, ask: RegionAsk, masks: bool
     ) -> AsyncIterator[bytes]:
-        async for draft in drafts.until(handle.future):
+        async for draft in drafts.until(handle.future, self.limits.answer_seconds):
             yield event({"regions": [{"caption": text} for text in draft.texts()]}, "draft")
         yield event(self._captions_body(name, self._result(handle), ask, masks), "result")
 
@@ -199,7 +206,7 @@ class Service:
                 opened.add(index)
             return found
 
-        async for draft in drafts.until(handle.future):
+        async for draft in drafts.until(handle.future, self.limits.answer_seconds):
             for piece in pieces(draft.settled()):
                 yield piece
         answers = self._result(handle)

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from perceptiondlm.serving.answers import Draft
-from perceptiondlm.serving.server.limits import Receive, Send
+from perceptiondlm.serving.server.limits import Receive, Refused, Send
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -26,7 +26,8 @@ class Drafts:
     """
 
     def __init__(self) -> None:
-        self._loop, self._came, self._newest = asyncio.get_running_loop(), asyncio.Event(), None
+        self._loop, self._came = asyncio.get_running_loop(), asyncio.Event()
+        self._newest: Draft | None = None
 
     def put(self, draft: Draft) -> None:
         """Take a draft in place of the one before."""
@@ -36,15 +37,22 @@ class Drafts:
         self._newest = draft
         self._came.set()
 
-    async def until(self, future: Future) -> AsyncIterator[Draft]:
-        """Drafts until the request is done."""
-        done = asyncio.wrap_future(future)
+    async def until(self, future: Future, seconds: float) -> AsyncIterator[Draft]:
+        """Drafts until the request is done.
+
+        Raises:
+            Refused: that takes longer than so many seconds.
+        """
+        done, end = asyncio.wrap_future(future), self._loop.time() + seconds
         while not done.done():
             came = asyncio.ensure_future(self._came.wait())
+            left = end - self._loop.time()
             try:
-                await asyncio.wait({done, came}, return_when=asyncio.FIRST_COMPLETED)
+                found, _ = await asyncio.wait({done, came}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 came.cancel()
+            if not found:
+                raise Refused(504, f"there was no answer within {seconds:g} s", "timeout")
             self._came.clear()
             if self._newest is not None:
                 draft, self._newest = self._newest, None
