@@ -43,7 +43,7 @@ def clip(tmp_path_factory):
     masks = [
         np.asarray(Image.fromarray(scene.objects[0].mask).resize(SIZE, Image.Resampling.NEAREST)) for scene in scenes
     ]
-    return path, {"first": dict.fromkeys(range(12), masks[0]), "second": [None] * 15 + [masks[1]] * 7}, masks
+    return path, {"first": {n: masks[0] for n in range(12)}, "second": [None] * 15 + [masks[1]] * 7}, masks
 
 
 @pytest.fixture
