@@ -99,6 +99,7 @@ class Handle:
 
     def __init__(self) -> None:
         self.future: Future[Answers] = Future()
+        self.on_settled: Callable[[Answers | None], None] | None = None  # called before anybody hears of it
         self._lock = threading.Lock()
 
     def result(self, timeout: float | None = None) -> Answers:
@@ -124,6 +125,8 @@ class Handle:
         with self._lock:
             if self.future.done() or not self.future.set_running_or_notify_cancel():
                 return False
+            if self.on_settled is not None:
+                self.on_settled(answers)
             if error is not None:
                 self.future.set_exception(error)
             elif answers is not None:

@@ -117,6 +117,7 @@ class Engine:
         self._check(wanted)
         ask = Ask(image, given or regions, question, messages, wanted, max_tiles, exif)
         job = Job(Handle(), wanted, on_draft, time.monotonic(), ask)
+        job.handle.on_settled = partial(self._settled, job)
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine is closed")
@@ -127,18 +128,18 @@ class Engine:
             self.counts.submitted += 1
             self._open.add(job)
             self._readers.submit(self._read, job)
-        job.handle.future.add_done_callback(partial(self._settled, job))
+        job.handle.future.add_done_callback(partial(self._given_up, job))
         return job.handle
 
     @property
     def num_waiting(self) -> int:
         """Requests that are read or wait to join."""
-        return self._reading + len(self._ready)
+        return len(self._open) - self.num_running
 
     @property
     def num_running(self) -> int:
         """Requests that take part in passes."""
-        return len(self._running)
+        return sum(job in self._open for job in self._running)
 
     @property
     def is_open(self) -> bool:
@@ -171,17 +172,20 @@ class Engine:
         for job in left:
             job.handle.settle(error=EngineClosed("the engine was closed before this request was answered"))
 
-    def _settled(self, job: Job, future: Future) -> None:
-        """A request is over, on whichever thread."""
+    def _settled(self, job: Job, answers: Answers | None) -> None:
+        """A request is over, on whichever thread; None: it failed."""
         with self._changed:
             self._open.discard(job)
-            if future.cancelled():
+            self.counts.finished += answers is not None
+            self.counts.failed += answers is None
+            self.counts.answers += 0 if answers is None else len(answers.texts)
+
+    def _given_up(self, job: Job, future: Future) -> None:
+        """A request is over; count it if it was cancelled."""
+        if future.cancelled():
+            with self._changed:
+                self._open.discard(job)
                 self.counts.cancelled += 1
-            elif future.exception() is not None:
-                self.counts.failed += 1
-            else:
-                self.counts.finished += 1
-                self.counts.answers += len(future.result().texts)
 
     def __enter__(self) -> "Engine":
         return self

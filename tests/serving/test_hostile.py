@@ -44,29 +44,26 @@ def refusal(reply, status: int) -> str:
     return reply.json()["error"]["message"]
 
 
-def flat_png(width: int, height: int) -> bytes:
-    """A black picture of one bit a pixel, whatever its size, in a few kilobytes."""
+def flat_png(width: int, height: int, rows: int) -> bytes:
+    """A black picture of one bit a pixel that says it has `height` rows, in a few kilobytes."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    packer, row = zlib.compressobj(9), bytes((width + 7) // 8 + 1)
-    pixels = b"".join(packer.compress(row * 100) for _ in range(height // 100)) + packer.flush()
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    packer, row = zlib.compressobj(9), bytes((width + 7) // 8 + 1)
+    pixels = b"".join(packer.compress(row * 100) for _ in range(rows // 100)) + packer.flush()
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (60_000, 60_000)])
-def test_bombs_and_pictures_of_100_megapixels_are_refused_by_their_header(client, body, width, height):
-    content = flat_png(width, height if height < 20_000 else 100)
-    if height >= 20_000:  # says that it has 3.6 gigapixels
-        content = content[:16] + struct.pack(">II", width, height) + content[24:]
-    start = time.perf_counter()
-    for asked in ({**body, "image": text_of(content)}, {**body, "masks": [text_of(content)]}):
+@pytest.mark.parametrize(("width", "height", "rows"), [(10_000, 10_000, 10_000), (60_000, 60_000, 100)])
+def test_bombs_and_pictures_of_100_megapixels_are_refused_by_their_header(client, body, width, height, rows):
+    """The first is whole, the second says that it has 3.6 gigapixels."""
+    text = text_of(flat_png(width, height, rows))
+    for asked in ({**body, "image": text}, {**body, "masks": [text]}):
         assert "pixels" in refusal(client.post("/v1/captions", json=asked), 413)
-    assert refusal(client.post("/v1/chat/completions", json=question(text_of(content), "?")), 413)
-    assert time.perf_counter() - start < 20
+    assert "pixels" in refusal(client.post("/v1/chat/completions", json=question(text, "?")), 413)
 
 
 def test_many_large_masks_are_refused_before_they_are_decoded(model, processor, scene):
@@ -135,7 +132,7 @@ def test_what_is_no_raster_picture_is_refused_whatever_it_is_called(client, body
         reply = client.post("/v1/captions", json=asked)
         assert reply.status_code in (400, 415), reply.text
     reply = client.post("/v1/captions", files=[("image", ("a.png", content, "image/png"))], data={"request": "{}"})
-    assert refusal(reply, 415 if content else 400)
+    assert refusal(reply, 415)
 
 
 @pytest.mark.parametrize(
