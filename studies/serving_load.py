@@ -32,7 +32,7 @@ from transformers import Pipeline
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.common.loading import add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.common.loading import DRAWN_MODEL, add_model_arguments, generate_settings, load_pipeline
 from perceptiondlm.drawn.scenes import draw_scene
 
 
@@ -268,7 +268,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     where = environment(pipe.device)
     del pipe
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    arguments += [f"--model={options.model}"] if options.model else []
+    arguments += [f"--model={options.model}"]
     arguments += [f"--device={options.device}"] if options.device else []
     server = Server([*arguments, f"--dtype={options.dtype}"])
     try:
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where the figures are kept")
     add_model_arguments(parser)
     options = parser.parse_args(arguments)
-    options.seed = options.seed or 0
+    options.seed, options.model = options.seed or 0, options.model or str(DRAWN_MODEL)
     result = measure(options)
     if options.json:
         write_json(options.json, result)

@@ -2,7 +2,6 @@
 
 import json
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from PIL import Image  # noqa: E402
 from ray import serve  # noqa: E402
 from served import data_url, encoded  # noqa: E402
 
-from perceptiondlm.common.loading import REPOSITORY  # noqa: E402
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY  # noqa: E402
 from perceptiondlm.serving.ray_serve import Replicas, deployment, serve_on_ray  # noqa: E402
 from perceptiondlm.serving.server.limits import Limits  # noqa: E402
 from perceptiondlm.serving.server.run import Recipe  # noqa: E402
@@ -51,7 +50,9 @@ def free_port() -> int:
 
 def test_a_cluster_answers_like_a_single_server(cluster):
     """Captions of the sample scene, limits and errors included; the deployment scales between one and two replicas."""
-    recipe = Recipe(engine={"settings": {"preset": "fast"}}, limits=replace(Limits(), max_regions=8))
+    recipe = Recipe(
+        model={"model": str(DRAWN_MODEL)}, engine={"settings": {"preset": "fast"}}, limits=Limits(max_regions=8)
+    )
     port = free_port()
     serve_on_ray(recipe, Replicas(1, 2, cpus=0.5), "127.0.0.1", port, blocking=False)
     with Image.open(Path(REPOSITORY) / "examples" / "scene.png") as scene:
