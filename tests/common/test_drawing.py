@@ -59,9 +59,9 @@ def test_labels_do_not_cover_each_other():
     for _ in range(12):
         corner, _ = best_place(occupied, (180, 60), (390, 290, 410, 310))
         box = (*corner, corner[0] + 180, corner[1] + 60)
-        assert 0 <= box[0]
+        assert box[0] >= 0
         assert box[2] <= 800
-        assert 0 <= box[1]
+        assert box[1] >= 0
         assert box[3] <= 600
         for other in boxes:
             across = min(box[2], other[2]) - max(box[0], other[0])
@@ -137,7 +137,7 @@ def test_colours_are_told_apart_with_every_kind_of_sight(matrix):
     seen = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     lab = color.rgb2lab(seen[None])[0]
     apart = [color.deltaE_ciede2000(one, other) for i, one in enumerate(lab) for other in lab[:i]]
-    assert min(apart) > 9
+    assert min(apart) > 12
 
 
 def test_numbers_read_on_their_colours_and_colours_on_white():

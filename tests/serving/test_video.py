@@ -1,6 +1,7 @@
 """Videos: shots, key frames, spans, and captions that are those of their key frames."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
+from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.found import FoundRegion
 
 
@@ -43,7 +45,7 @@ def clip(tmp_path_factory):
     masks = [
         np.asarray(Image.fromarray(scene.objects[0].mask).resize(SIZE, Image.Resampling.NEAREST)) for scene in scenes
     ]
-    return path, {"first": {n: masks[0] for n in range(12)}, "second": [None] * 15 + [masks[1]] * 7}, masks
+    return path, {"first": dict.fromkeys(range(12), masks[0]), "second": [None] * 15 + [masks[1]] * 7}, masks
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def test_every_object_has_captions_of_its_key_frames_with_spans(pipe, clip):
     assert (spans["first"][0]["start"], spans["first"][-1]["end"]) == (0.0, 1.2)
     assert (spans["second"][0]["start"], spans["second"][-1]["end"]) == (1.5, 2.2)
     for ones in spans.values():
-        assert all(one["end"] == other["start"] for one, other in zip(ones, ones[1:], strict=False))
-        assert all(one["caption"] != other["caption"] for one, other in zip(ones, ones[1:], strict=False))
+        assert all(one["end"] == other["start"] for one, other in pairwise(ones))
+        assert all(one["caption"] != other["caption"] for one, other in pairwise(ones))
     assert {one["shot"] for one in spans["second"]} == {1}
     key = spans["second"][0]
     (frame,) = [picture for _, picture in pictures(path, {key["frame"]})]
@@ -108,9 +110,10 @@ def test_masklets_are_read_as_trackers_write_them(tmp_path, form):
     masks = np.zeros((2, 8, 10), bool)
     masks[0, 1:3, 2:5] = masks[1, 4:7, 6:9] = True
     rles = [FoundRegion.of_mask(mask).mask for mask in masks]
+    nothing = {"size": [8, 10], "counts": "`2"}  # one run of zeros
     expected = {"1": [0, 2], "2": [1, 2]}
     path = tmp_path / f"masklets.{'npz' if form == 'npz' else 'json'}"
-    lists = [[rles[0], None, rles[0]], [None, rles[1], rles[1]]]
+    lists = [[rles[0], nothing, rles[0]], [None, rles[1], rles[1]]]
     if form == "sa-v":
         content = {"masklet": [list(frame) for frame in zip(*lists, strict=True)], "masklet_id": [1, 2]}
         path.write_text(json.dumps(content))
@@ -153,3 +156,24 @@ def test_files_that_are_no_videos_are_named(pipe, tmp_path, clip):
         caption_video(pipe, tmp_path / "absent.mp4", {})
     with pytest.raises(TypeError, match="masklets are a int"):
         caption_video(pipe, clip[0], 3)
+
+
+def test_the_command_captions_a_video_with_its_masklets(clip, tmp_path, capsys):
+    path, masklets, _ = clip
+    masks = {name: [None] * FRAMES for name in masklets}
+    for one in masklets_of(masklets):
+        for frame, region in one.regions.items():
+            masks[one.name][frame] = region.mask
+    file, result = tmp_path / "masklets.json", tmp_path / "result.json"
+    file.write_text(json.dumps(masks))
+    command = ["caption", str(path), "--masks", str(file), "--preset", "fast", "--json", str(result)]
+    assert main(command) == 0
+    (video,) = json.loads(result.read_text())
+    assert {span["object"] for span in video["spans"]} == {"first", "second"}
+    assert f"{video['spans'][0]['caption']}\n" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--attributes", "color"]) == 2
+    assert "got --attributes" in capsys.readouterr().err
+    assert main(["caption", str(path), "--boxes", "1,1,9,9"]) == 2
+    assert "with --masks: a tracker's masklets" in capsys.readouterr().err
