@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from perceptiondlm.serving.engine import Engine
 from perceptiondlm.serving.server.limits import Message, Receive, Send
@@ -16,7 +17,7 @@ SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class EngineMetrics:
+class EngineMetrics(Collector):
     """The state of an engine at the moment it is asked for."""
 
     def __init__(self, engine: Engine):
@@ -64,7 +65,7 @@ class Metrics:
 
     def watch(self, engine: Engine) -> None:
         """Report an engine, too."""
-        self.registry.register(EngineMetrics(engine))  # type: ignore[arg-type]
+        self.registry.register(EngineMetrics(engine))
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -175,7 +175,7 @@ class Service:
         }
 
     def _stream(self, handle: Handle, events: AsyncIterator[bytes]) -> EventStream:
-        async def closing() -> AsyncIterator[bytes]:
+        async def closing() -> AsyncGenerator[bytes, None]:
             try:
                 async for one in events:
                     yield one

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -69,7 +69,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], seconds: float):
+    def __init__(self, events: AsyncGenerator[bytes, None], seconds: float):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events, self.seconds = events, seconds
@@ -84,7 +84,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with suppress(RuntimeError):  # it is running, where the server itself is cancelled
-                await self.events.aclose()  # type: ignore[attr-defined]
+                await self.events.aclose()
         for task in done:
             task.result()
 
