@@ -144,7 +144,12 @@ class Engine:
     @property
     def is_open(self) -> bool:
         """Whether it takes requests: it was not closed, and its thread runs."""
-        return not self._closing and self._thread.is_alive()
+        return not self._closing and self.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Take no further requests; finish those under way, or with `drain=False` end them with `EngineClosed`.

@@ -5,7 +5,7 @@
     POST /v1/captions            an image and its regions to captions (JSON or a form), drafts as server-sent events
     POST /v1/chat/completions    questions and regions in the form of OpenAI's chat completions (also /chat/completions)
     GET  /v1/models              the model's name
-    GET  /health, /ready         whether the process lives; whether it takes requests
+    GET  /health, /ready         whether process and engine live; whether they take requests
     GET  /metrics                figures for Prometheus
     GET  /docs, /openapi.json    this interface
 """
@@ -112,9 +112,10 @@ def add_routes(app: FastAPI) -> None:
         name = service_of(request).model_name
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "perceptiondlm"}]}
 
-    @app.get("/health", summary="Whether the process lives")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health", summary="Whether the process and its engine live")
+    async def health(request: Request) -> Response:
+        alive = service_of(request).engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
     @app.get("/ready", summary="Whether it takes requests")
     async def ready(request: Request) -> Response:

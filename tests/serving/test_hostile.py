@@ -25,7 +25,7 @@ from perceptiondlm.serving.server import remote  # noqa: E402
 from perceptiondlm.serving.server.limits import Limits, Refused  # noqa: E402
 
 
-FUZZED = 300
+FUZZED = 200
 
 
 @pytest.fixture(scope="module")
