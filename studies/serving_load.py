@@ -17,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -63,7 +64,8 @@ class Tally:
     """What came back in a phase.
 
     Args:
-        seconds: of answers to plain requests; statuses: of all replies, and `"closed"` where there was none.
+        seconds: of answers to plain requests; statuses: of all replies; `"refused"` where there was no connection,
+            `"cut"` where it was closed without a reply, `"gone"` where the client left.
         wrong: descriptions of answers that are not the offline ones and of refusals without a reason.
         deviations: of scores from the offline ones.
     """
@@ -139,16 +141,14 @@ class Server:
 
     def __init__(self, arguments: list[str]):
         command = [sys.executable, "-m", "perceptiondlm.scripts.cli", "serve", "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        assert self.process.stderr is not None  # it is a pipe
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if STARTED in line:
-                self.port = int(line.split(STARTED)[1].split()[0])
-                break
-        else:
-            raise OSError("the server did not start:\n" + "".join(self.lines[-20:]))
+        self.log = Path(tempfile.mkdtemp()) / "server.log"
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(command, stderr=stream)
+        while STARTED not in (text := self.log.read_text()):
+            if self.process.poll() is not None:
+                raise OSError(f"the server did not start:\n{text[-2000:]}")
+            time.sleep(0.1)
+        self.port = int(text.split(STARTED)[1].split()[0])
 
     def megabytes(self) -> float:
         """Resident memory; 0 where the system does not tell."""
@@ -156,19 +156,9 @@ class Server:
         lines = path.read_text().splitlines() if path.is_file() else []
         return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
-    def stop(self, seconds: float = 60) -> int:
-        """Tell it to stop, and wait; the exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.wait(seconds)
-
     def wait(self, seconds: float) -> int:
         """Wait for its end; the exit status."""
-        try:
-            self.lines += (self.process.communicate(timeout=seconds)[1] or "").splitlines(keepends=True)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        return self.process.returncode
+        return self.process.wait(seconds)
 
 
 async def phase(server: Server, asked: list[Ask], clients: int, stop_after: float | None = None) -> Tally:
@@ -201,8 +191,11 @@ async def send(client: httpx.AsyncClient, port: int, ask: Ask, tally: Tally) -> 
         else:
             reply = await client.post("/v1/captions", content=ask.body, headers={"content-type": "application/json"})
             status, content = reply.status_code, reply.content
+    except (httpx.ConnectError, ConnectionRefusedError):  # it has stopped to listen
+        tally.statuses["refused"] += 1
+        return
     except (httpx.HTTPError, OSError):
-        tally.statuses["closed"] += 1
+        tally.statuses["cut"] += 1
         return
     if ask.kind == "gone":
         tally.statuses["gone"] += 1
@@ -288,7 +281,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "many_clients": many.report(),
         "stopped_under_load": {**stopped.report(), "exit_status": status},
         "server_megabytes": {"before": round(before), "after": round(after)},
-        "tracebacks": sum("Traceback" in line for line in server.lines),
+        "tracebacks": server.log.read_text().count("Traceback"),
         "environment": where,
     }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,4 +95,7 @@ def serve(recipe: Recipe, host: str, port: int) -> None:
         recipe.app(), host=host, port=port, http=PromptConnections, server_header=False, ws="none", access_log=False,
         timeout_graceful_shutdown=round(recipe.drain_seconds + CLOSING_SECONDS),
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn, which takes them while it runs, raises them again at its end
+    server.run()
