@@ -33,13 +33,15 @@ def test_replicas_become_options_of_a_deployment():
 @pytest.fixture
 def cluster():
     """A small cluster without a dashboard, ended in any case."""
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-    )  # fmt: skip
-    yield
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        )  # fmt: skip
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def free_port() -> int:
