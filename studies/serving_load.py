@@ -93,12 +93,13 @@ class Tally:
         }
 
 
-def asks(pipe: Pipeline, count: int, first: int, settings: dict[str, Any], rng: random.Random) -> list[Ask]:
-    """Plain requests about scenes from a number on."""
-    found = []
-    for number in tqdm(range(first, first + count), desc="offline answers", disable=count < 20):
-        scene, scale = draw_scene(11, number), rng.choice(SCALES)
-        size = tuple(round(side * scale) for side in scene.image.size)
+def asks(pipe: Pipeline, options: argparse.Namespace, phase: int, rng: random.Random) -> list[Ask]:
+    """The plain requests of a phase, each about a scene of its own."""
+    found, count, settings = [], options.requests, generate_settings(options)
+    for number in tqdm(range(phase * count, (phase + 1) * count), desc="offline answers", disable=count < 20):
+        scene, scale = draw_scene(11, number), rng.choice(options.scales)
+        width, height = scene.image.size
+        size = round(width * scale), round(height * scale)
         image = scene.image.resize(size, Image.Resampling.BICUBIC)
         masks = [
             np.asarray(Image.fromarray(item.mask).resize(size, Image.Resampling.NEAREST)) for item in scene.objects
@@ -253,11 +254,11 @@ def compare(ask: Ask, status: int, content: bytes, tally: Tally) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All phases."""
-    rng, settings, count = random.Random(options.seed), generate_settings(options), options.requests
+    rng, settings = random.Random(options.seed), generate_settings(options)
     pipe = load_pipeline(options)
-    alone = asks(pipe, count, 0, settings, rng)
-    crowd = with_trouble(asks(pipe, count, count, settings, rng), options.trouble, rng)
-    last = with_trouble(asks(pipe, count, 2 * count, settings, rng), options.trouble, rng)
+    alone = asks(pipe, options, 0, rng)
+    crowd = with_trouble(asks(pipe, options, 1, rng), options.trouble, rng)
+    last = with_trouble(asks(pipe, options, 2, rng), options.trouble, rng)
     where = environment(pipe.device)
     del pipe
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
@@ -276,6 +277,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             server.process.kill()
     return {
         "clients": options.clients,
+        "scales": list(options.scales),
         "settings": settings,
         "one_at_a_time": one.report(),
         "many_clients": many.report(),
@@ -290,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, and keep the numbers; status 1 where an answer was wrong or the server crashed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200, help="of each phase")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="sizes of the scenes, times their own")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--trouble", type=float, default=0.05, help="share of broken, slow and given-up requests each")
     parser.add_argument("--stop-after", type=float, default=3.0, help="seconds into the last phase")

@@ -11,14 +11,14 @@ from perceptiondlm.studies.serving_load import main
 
 
 def test_a_server_under_load_answers_as_offline_and_stops_in_order(capsys, tmp_path):
-    arguments = ["--requests", "10", "--clients", "5", "--trouble", "0.15", "--stop-after", "0.5", "--preset", "fast"]
+    arguments = "--requests 6 --clients 4 --trouble 0.2 --stop-after 0.3 --preset fast --scales 0.6 1".split()
     status = main([*arguments, "--json", str(tmp_path / "load.json")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 0, result
     assert result == json.loads((tmp_path / "load.json").read_text())
     one, many, stopped = (result[name] for name in ("one_at_a_time", "many_clients", "stopped_under_load"))
-    assert one["answered"] == one["statuses"]["200"] == 10
+    assert one["answered"] == one["statuses"]["200"] == 6
     assert many["answered"] >= 1
-    assert sum(many["statuses"].values()) == sum(stopped["statuses"].values()) == 10
+    assert sum(many["statuses"].values()) == sum(stopped["statuses"].values()) == 6
     assert 0 < one["p50_seconds"] <= one["p95_seconds"]
     assert stopped["exit_status"] == 0
