@@ -192,8 +192,9 @@ class JointSteps:
 
     def _run(self, party: list[Step]) -> list[torch.Tensor]:
         """Hidden states (N, D) of the open slots of each step."""
-        members = [step.denoiser.passes for step in party]
+        members = [passes for step in party if isinstance(passes := step.denoiser.passes, StaticPasses)]
         key = members[0].joins_with
+        assert key is not None  # or its step would stand alone
         known, spans = self._joined.get(key, ([], None))
         if len(known) != len(members) or any(a is not b for a, b in zip(known, members, strict=True)):
             spans = join_spans(members)

@@ -126,8 +126,8 @@ class StaticPasses:
 
 def join_spans(members: Sequence[StaticPasses]) -> KeyValues | None:
     """The RoI spans of several passes one after the other; None where regions have none."""
-    own = [passes.own for passes in members]
-    if own[0] is None:
+    own = [passes.own for passes in members if passes.own is not None]
+    if not own:
         return None
     joined = KeyValues(len(own[0].layers))
     for layer, pairs in enumerate(zip(*(kept.layers for kept in own), strict=True)):

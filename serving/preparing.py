@@ -174,7 +174,7 @@ class Preparer:
             inputs = self.processor.collate(self.processor.lay_out(passes, question, 0))
         else:
             images = [part.pop("image") for part in image_parts(prepared.messages)]  # a dataclass there becomes a dict
-            options = {"max_tiles": prepared.ask.max_tiles, "exif": prepared.ask.exif}
+            options: dict[str, Any] = {"max_tiles": prepared.ask.max_tiles, "exif": prepared.ask.exif}
             if images:
                 options["images"] = images if image is None else [image]
             inputs = self.processor.apply_chat_template(

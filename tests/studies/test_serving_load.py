@@ -11,8 +11,8 @@ from perceptiondlm.studies.serving_load import main
 
 
 def test_a_server_under_load_answers_as_offline_and_stops_in_order(capsys, tmp_path):
-    arguments = "--requests 6 --clients 4 --trouble 0.2 --stop-after 0.3 --preset fast --scales 0.6 1".split()
-    status = main([*arguments, "--json", str(tmp_path / "load.json")])
+    arguments = ["--requests", "6", "--clients", "4", "--trouble", "0.2", "--stop-after", "0.3", "--scales", "0.6", "1"]
+    status = main([*arguments, "--preset", "fast", "--json", str(tmp_path / "load.json")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 0, result
     assert result == json.loads((tmp_path / "load.json").read_text())
