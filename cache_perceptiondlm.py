@@ -70,7 +70,7 @@ class EncodedImage:
     Args:
         tiles: (T, n, n, D) image tokens.
         tile_grids: (1, 2) columns and rows; image_sizes: (1, 2) height and width in pixels.
-        made_by: fingerprint of the weights, see `weights_fingerprint`; None where it serves one call alone.
+        made_by: fingerprint of the weights, see `weights_fingerprint`; None where nobody is to check them.
         picture: the PIL image, for regions whose crops or colours enter the model.
         max_prefixes: questions that are remembered; the one that was not asked for longest leaves first.
         prefixes: keys and values of the shared tokens, by those tokens' ids.

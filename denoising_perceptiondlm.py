@@ -86,6 +86,39 @@ class OpenSlots:
     places: torch.Tensor
 
 
+@dataclass
+class Step:
+    """One step of a denoiser, to be taken before the next one is asked for.
+
+    Args:
+        denoiser: whose step it is.
+        block: slots that may be decided; number: of the step within its block.
+        slots: what it scores.
+        part: the canvas of the answers that run (A').
+        index: (A',) which answers these are, None for all.
+    """
+
+    denoiser: "Denoiser"
+    block: slice
+    number: int
+    slots: OpenSlots
+    part: Canvas
+    index: torch.Tensor | None
+
+    def take(self) -> None:
+        """One pass, and what it decides."""
+        hidden_AGD = self.denoiser.passes(self.part.ids, self.slots.answers)
+        self.commit(self.denoiser.score(self.of_open_slots(hidden_AGD)))
+
+    def of_open_slots(self, hidden_AGD: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, D) of the slots to score, out of those of all slots of the running answers."""
+        return hidden_AGD.flatten(0, 1)[self.slots.places.to(hidden_AGD.device)]
+
+    def commit(self, scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """Decide slots, given tokens, confidence and certainty (N,) of the open ones."""
+        self.denoiser.commit(self, scored)
+
+
 class Denoiser:
     """The loop: steps on a canvas until all slots are decided.
 
@@ -144,15 +177,16 @@ class Denoiser:
             self.canvas.close(self.end_ids, self.end_ids[-1], self.policy.closes_together)
         self.begun = True
 
-    def steps(self) -> Iterator[None]:
-        """Run the steps; yields after each."""
+    def steps(self) -> Iterator[Step]:
+        """The steps, each to be taken before the next is asked for."""
         for block in self.policy.blocks:
-            for step in range(self.policy.steps):
-                slots = self._open(block, step)
+            for number in range(self.policy.steps):
+                slots = self._open(block, number)
                 if slots is None:
                     break
-                self._step(block, step, slots)
-                yield
+                index = None if slots.answers is None else torch.tensor(slots.answers, device=self.device)
+                part = self.canvas if index is None else self.canvas.rows(index)
+                yield Step(self, block, number, slots, part, index)
 
     def check(self) -> None:
         """Raise `ValueError` if a pass gave logits that are not numbers."""
@@ -188,28 +222,26 @@ class Denoiser:
         order = free.flatten().to(torch.uint8).argsort(descending=True, stable=True)
         return OpenSlots(None, order[: policy.open_slots(step)])
 
-    def _step(self, block: slice, step: int, slots: OpenSlots) -> None:
-        """One pass, and what it decides."""
-        policy, target = self.policy, self.policy.targets_A[step]
-        index = None if slots.answers is None else torch.tensor(slots.answers, device=self.device)
-        part = self.canvas if index is None else self.canvas.rows(index)
-        group = policy.group_A
+    def score(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, confidence and certainty (N,) of open slots, given their hidden states."""
+        return self.choose_tokens.score(hidden_ND, self.head, self.vocabulary)
+
+    def commit(self, step: Step, scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """What a step decides, given tokens, confidence and certainty (N,) of its open slots."""
+        policy, target, group = self.policy, self.policy.targets_A[step.number], self.policy.group_A
+        block, part, index = step.block, step.part, step.index
         if index is not None:
             target, group = target[index], group[index]
-        # 1. score the open slots
-        hidden_AGD = self.passes(part.ids, slots.answers)
-        hidden_ND = hidden_AGD.flatten(0, 1)[slots.places.to(hidden_AGD.device)]
-        scored = self.choose_tokens.score(hidden_ND, self.head, self.vocabulary)
-        tokens, confidence, certainty = (self._spread(values, slots, part) for values in scored)
+        tokens, confidence, certainty = (self._spread(values, step.slots, part) for values in scored)
         self.broken |= confidence.isnan().any()
-        # 2. rank them, and commit
+        # 1. rank the open slots, and commit
         free = torch.zeros_like(part.decided)
         free[:, block] = ~part.decided[:, block]
         priority, sure = self.rank_slots(certainty, free, index)
         if policy.runs_ahead:  # an answer that ran ahead of its schedule still goes on
             target = torch.maximum(target, part.decided[:, block].sum(dim=1) + 1).clamp(max=policy.length)
         part.update(tokens, confidence, priority, sure, block, group, target, policy.remasking)
-        # 3. close what has come to its end
+        # 2. close what has come to its end
         if policy.closes:
             part.close(self.end_ids, self.end_ids[-1], policy.closes_together)
         if index is not None:

@@ -303,6 +303,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         tile_grids: torch.Tensor,
         image_sizes: torch.Tensor,
         picture: Any = None,
+        fingerprint: bool = True,
         **_inputs: Any,
     ) -> EncodedImage:
         """Encode one image for any number of later calls: `generate(..., encoded_image=...)`.
@@ -312,6 +313,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 ignored.
             picture: the image itself, which later regions of a model with `region_crop_size` or `region_appearance` are
                 cut out of; the pipeline's `encode_image` gives it.
+            fingerprint: remember which weights made it, and let later calls refuse other ones. Reading them takes time
+                at every call: leave it out where a program holds the image and its model, and never changes either.
         Returns:
             [`EncodedImage`], which the processor and the pipeline take in place of the image.
         Raises:
@@ -324,9 +327,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         if len(tile_grids) != 1:
             raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
         PromptInputs(pixel_values=pixel_values, tile_grids=tile_grids).check_tiles(self.config)
-        return EncodedImage(
-            self.encode_tiles(pixel_values), tile_grids, image_sizes, weights_fingerprint(self), picture
-        )
+        made_by = weights_fingerprint(self) if fingerprint else None
+        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes, made_by, picture)
 
     def check_encoded_image(self, image: EncodedImage) -> None:
         """Refuse an image that other weights encoded."""
@@ -336,7 +338,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 f"the encoded image holds tiles of {tuple(image.tiles.shape[1:])}, this model's are "
                 f"{(side, side, width)}: encode it with this model"
             )
-        if image.made_by != weights_fingerprint(self):
+        if image.made_by is not None and image.made_by != weights_fingerprint(self):
             raise ValueError(
                 "the encoded image was made by other weights, or by these in another dtype or on another device: "
                 "encode it with this model"

@@ -12,6 +12,7 @@ Legend: see sequence_perceptiondlm.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -77,18 +78,28 @@ class StaticPasses:
 
     def __call__(self, slots_AG: torch.Tensor, running: list[int] | None = None) -> torch.Tensor:
         """Hidden states (A', G, D) for the slots (A', G) of the running answers, by default all."""
-        self.count += 1
-        if (running or self.everything) != self.running:
-            self._choose(running or self.everything)
-        slots = slots_AG if self.lanes is None else slots_AG[self.lanes]
-        ids, positions = self.spans.enclose(slots, self.index), self.positions_AZ
-        if self.index is not None:
-            positions = positions[self.index]
+        ids, positions = self.tokens(slots_AG, running)
         language_model = self.model.language_model
         run = language_model.compiled if self.compiled else language_model
         embeds = self.model.get_input_embeddings()(ids)
         hidden = run(embeds, positions, StaticPass(self.runs, self.own, self.index))
         return hidden[self.first_lanes if self.lanes is not None else slice(None), self.spans.slots]
+
+    @property
+    def joins_with(self) -> tuple[int, int, bool] | None:
+        """Passes of equal values can run together; None: these run alone."""
+        if self.compiled:
+            return None
+        return self.spans.width, self.spans.num_slots, self.own is not None
+
+    def tokens(self, slots_AG: torch.Tensor, running: list[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and positions (A', Z) of a pass, which is counted; `runs` and `index` then describe it."""
+        self.count += 1
+        if (running or self.everything) != self.running:
+            self._choose(running or self.everything)
+        slots = slots_AG if self.lanes is None else slots_AG[self.lanes]
+        positions = self.positions_AZ if self.index is None else self.positions_AZ[self.index]
+        return self.spans.enclose(slots, self.index), positions
 
     def _choose(self, running: list[int]) -> None:
         """Which answers run from now on; `index` is None for all of them in order, `lanes` None without padding."""
@@ -113,6 +124,45 @@ class StaticPasses:
         return lanes
 
 
+def join_spans(members: Sequence[StaticPasses]) -> KeyValues | None:
+    """The RoI spans of several passes one after the other; None where regions have none."""
+    own = [passes.own for passes in members if passes.own is not None]
+    if not own:
+        return None
+    joined = KeyValues(len(own[0].layers))
+    for layer, pairs in enumerate(zip(*(kept.layers for kept in own), strict=True)):
+        joined.put(layer, *(torch.cat(tensors) for tensors in zip(*pairs, strict=True)))
+    return joined
+
+
+def run_joined(
+    model: Any,
+    members: Sequence[StaticPasses],
+    slots: Sequence[tuple[torch.Tensor, list[int] | None]],
+    spans: KeyValues | None,
+) -> list[torch.Tensor]:
+    """One pass over the running answers of several `StaticPasses` whose `joins_with` are equal.
+
+    Args:
+        slots: ids (A', G) and running answers of each, as for its own call.
+        spans: what `join_spans` made of the members.
+    Returns:
+        hidden states (A', G, D) of each.
+    """
+    ids, positions = zip(*(passes.tokens(*own) for passes, own in zip(members, slots, strict=True)), strict=True)
+    index = None
+    if spans is not None:
+        chosen, first = [], 0
+        for passes in members:
+            chosen += [first + answer for answer in passes.running]
+            first += len(passes.everything)
+        index = torch.tensor(chosen, device=ids[0].device)
+    runs = [run for passes in members for run in passes.runs]
+    embeds = model.get_input_embeddings()(torch.cat(ids))
+    hidden = model.language_model(embeds, torch.cat(positions), StaticPass(runs, spans, index))
+    return [part[:, members[0].spans.slots] for part in hidden.split([len(part) for part in ids])]
+
+
 def mark_dynamic(kept: KeyValues | None, dimension: int) -> None:
     """Let one compiled graph serve prefixes of any length, or any number of RoI spans."""
     for pair in kept.layers if kept is not None else ():
@@ -130,6 +180,7 @@ class PackedPasses:
     """
 
     answers_can_leave = False
+    joins_with = None
 
     def __init__(self, model: Any, prompt: Prompt, num_slots: int, refresh_interval: int = 1, compiled: bool = False):
         self.model, self.prompt, self.refresh_interval = model, prompt, refresh_interval

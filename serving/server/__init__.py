@@ -1,0 +1,1 @@
+"""`perceptiondlm serve`: captions and answers over HTTP, on the batching engine."""
