@@ -1,4 +1,5 @@
 # make demo      caption the regions of a sample image with the embedded model
+# make app       a page in the browser: mark regions, see their captions appear
 # make test      the whole test suite
 # make lint      formatting, lint and types
 # make peers     transformers' own common tests on this project's classes (fetches its source distribution)
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint peers miniature default clean
+.PHONY: demo app test lint peers miniature default clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --out outputs/demo.png --json outputs/demo.json --overwrite
+
+app: $(INSTALLED)
+	$(BIN)/perceptiondlm app
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

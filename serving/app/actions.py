@@ -1,0 +1,203 @@
+"""What a visitor can do, without a word of how it looks: every action takes a session and yields views for the page.
+
+Mistakes of the visitor become a message on the page (`error`), what was there stays. Other errors are not caught.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from perceptiondlm.common.json_files import read_json
+from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.serving.app.captioner import Answer, Captioner
+from perceptiondlm.serving.app.exports import export_coco, export_png
+from perceptiondlm.serving.app.marks import region_of_mark
+from perceptiondlm.serving.app.session import Session
+from perceptiondlm.serving.app.view import session_view
+from perceptiondlm.serving.prompts import regions_of
+from perceptiondlm.serving.segmenters import Segmenter
+
+
+MOST_PIXELS = 64_000_000  # of a picture
+SHOWN_SIDE = 1600  # pixels of the longest side of the picture that the browser gets
+LONGEST_QUESTION = 400  # characters
+VISITORS_MISTAKES = (ValueError, TypeError, OSError, Image.DecompressionBombError)
+
+View = dict[str, Any]
+Views = Iterator[View]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture to start with, and its regions in a benchmark's `annotations` form."""
+
+    title: str
+    picture: Path
+    masks: Path
+
+
+def reported(action: Callable[..., Views]) -> Callable[..., Views]:
+    """An action whose mistakes of the visitor end as a view with the message."""
+
+    @wraps(action)
+    def run(self, session: Session, *arguments: Any) -> Views:
+        try:
+            yield from action(self, session, *arguments)
+        except VISITORS_MISTAKES as error:
+            yield session_view(session, error=str(error))
+
+    return run
+
+
+class Actions:
+    """Everything behind the buttons.
+
+    Args:
+        captioner: the model.
+        segmenter: what makes regions of points, boxes and "everything".
+        examples: pictures to start with, by name.
+    """
+
+    def __init__(self, captioner: Captioner, segmenter: Segmenter, examples: Mapping[str, Example]):
+        self.captioner, self.segmenter, self.examples = captioner, segmenter, examples
+
+    @reported
+    def open(self, session: Session, path: Path, name: str) -> Views:
+        """Open a picture from a file of the server."""
+        yield session_view(session, busy="opening")
+        with Image.open(path) as opened:
+            if (pixels := opened.width * opened.height) > MOST_PIXELS:
+                raise ValueError(
+                    f"the picture has {pixels / 1e6:.0f} megapixels, accepted are up to {MOST_PIXELS / 1e6:.0f}"
+                )
+            image = load_image(opened, exif="applied")
+        shown = session.folder / f"shown-{len(list(session.folder.glob('shown-*')))}.webp"
+        small = image.copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+        small.save(shown, quality=90)
+        session.open(image, safe_name(name), shown)
+        session.encoded = self.captioner.encode(image)
+        yield session_view(session, note="Mark regions: drag boxes, click objects, paint, or find everything.")
+
+    @reported
+    def example(self, session: Session, name: Any) -> Views:
+        """Open an example with its regions marked."""
+        if name not in self.examples:
+            raise ValueError(f"there is no example {name!r}; there are {sorted(self.examples)}")
+        example = self.examples[name]
+        yield from self.open(session, example.picture, example.picture.name)
+        masks = [region["mask_rle"] for region in read_json(example.masks)["annotations"]]
+        count = session.add(regions_of(session.image, masks=masks), "example")
+        yield session_view(session, note=f"{count} regions are marked. Caption them, or mark your own.")
+
+    @reported
+    def mark(self, session: Session, mark: Mapping[str, Any]) -> Views:
+        """Add the region that a mark shows."""
+        image = opened(session)
+        yield session_view(session, busy="marking")
+        found = region_of_mark(mark, image, self.segmenter, fit=bool(mark.get("fit")))
+        session.add([found], str(mark["kind"]))
+        yield session_view(session, note=f"Region {session.last_number} is marked.")
+
+    @reported
+    def everything(self, session: Session) -> Views:
+        """Replace all regions by what the segmenter finds."""
+        image = opened(session)
+        yield session_view(session, busy="finding")
+        found = regions_of(image, everything=True, segmenter=self.segmenter)
+        if not found:
+            raise ValueError("nothing was found that stands out: mark regions by hand")
+        session.clear()
+        count = session.add(found, "found")
+        yield session_view(session, note=f"{count} regions were found.")
+
+    @reported
+    def remove(self, session: Session, number: Any) -> Views:
+        """Remove a region."""
+        session.remove(number)
+        yield session_view(session, note=f"Region {number} is removed.")
+
+    @reported
+    def clear(self, session: Session) -> Views:
+        """Remove all regions and answers; the picture stays."""
+        session.clear()
+        yield session_view(session, note="All regions are removed.")
+
+    @reported
+    def caption(self, session: Session, settings: dict[str, Any]) -> Views:
+        """Caption all regions at once; drafts come as they are denoised."""
+        opened(session)
+        regions = list(session.regions)
+        if not regions:
+            raise ValueError("mark a region first: drag a box, click an object, paint, or find everything")
+        before, finished = [region.caption for region in regions], False
+        masks = [region.found.mask for region in regions]
+        try:
+            for answers in self.captioner.captions(session.encoded, masks, settings):
+                for region, answer in zip(regions, answers, strict=True):
+                    region.caption = answer
+                yield session_view(session, busy="captioning", note=f"Denoising: pass {answers[0].passes}")
+            finished = True
+        finally:
+            if not finished:  # stopped, or failed
+                for region, caption in zip(regions, before, strict=True):
+                    region.caption = caption
+        session.settings = settings
+        passes = max(region.caption.passes for region in regions if region.caption is not None)
+        yield session_view(session, note=f"{counted(len(regions), 'caption')} in {counted(passes, 'pass', 'passes')}.")
+
+    @reported
+    def ask(self, session: Session, question: Any, number: int | None, settings: dict[str, Any]) -> Views:
+        """Ask about a region, or about the whole image where `number` is None."""
+        opened(session)
+        question = " ".join(str(question or "").split())
+        if not question or len(question) > LONGEST_QUESTION:
+            raise ValueError(f"a question has 1 to {LONGEST_QUESTION} characters, got {len(question)}")
+        region = None if number is None else session.region(number)
+        exchange, finished = session.ask(question, number), False
+        try:
+            for (answer,) in self._answers(session, question, region, settings):
+                exchange.answer = answer
+                yield session_view(session, busy="asking", note=f"Denoising: pass {answer.passes}")
+            finished = True
+        finally:
+            if not finished:
+                session.exchanges.remove(exchange)
+        yield session_view(session, note=f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}.")
+
+    def _answers(self, session: Session, question: str, region: Any, settings: dict[str, Any]) -> Iterator[list[Answer]]:
+        if region is None:
+            return self.captioner.answer(session.encoded, question, settings)
+        return self.captioner.captions(session.encoded, [region.found.mask], settings, question)
+
+    @reported
+    def export(self, session: Session, kind: Any) -> Views:
+        """Write a file; the view's `download` says where it lies."""
+        writers = {"png": export_png, "coco": lambda session: export_coco(session, self.captioner.name)}
+        if kind not in writers:
+            raise ValueError(f"there are exports {sorted(writers)}, got {kind!r}")
+        path = writers[kind](session)
+        yield {**session_view(session, note=f"{path.name} is ready."), "download": {"path": str(path), "name": path.name}}
+
+
+def opened(session: Session) -> Image.Image:
+    """The session's picture; refused before one was opened."""
+    if session.image is None:
+        raise ValueError("open a picture first (a page that rested for long forgets its picture)")
+    return session.image
+
+
+def safe_name(name: Any) -> str:
+    """A file's name without folders and without characters that mean something to shells, HTML or Python."""
+    kept = re.sub(r"[^\w .-]", "_", str(name).replace("\\", "/").rsplit("/", 1)[-1]).strip(" .")
+    return kept[:100] or "picture"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
