@@ -5,9 +5,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as coco_mask
-
-from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.serving.app.session import MarkedRegion, Session
 
@@ -32,8 +30,11 @@ def export_png(session: Session) -> Path:
     """The picture with numbered regions and their captions."""
     regions = captioned(session)
     assert session.image is not None  # there are captions
-    picture = annotate(
-        session.image, [region.found.pixels() for region in regions], [caption_of(region) for region in regions]
+    picture = draw_regions(
+        session.image,
+        [region.found.mask for region in regions],
+        [caption_of(region) for region in regions],
+        numbers=[region.number for region in regions],
     )
     path = named(session, "-captions.png")
     picture.save(path)
@@ -71,7 +72,7 @@ def annotation(region: MarkedRegion, category: int) -> dict[str, Any]:
         "image_id": 1,
         "category_id": category,
         "segmentation": region.found.mask,
-        "area": int(coco_mask.area(region.found.mask)),
+        "area": region.found.area,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "iscrowd": 0,
         "caption": region.caption.text,

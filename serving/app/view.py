@@ -3,7 +3,7 @@
 from itertools import count
 from typing import Any
 
-from perceptiondlm.common.drawing import PALETTE
+from perceptiondlm.common.palette import color_of, ink_on
 from perceptiondlm.serving.app.captioner import Answer
 from perceptiondlm.serving.app.session import Exchange, MarkedRegion, Session
 
@@ -38,11 +38,11 @@ def session_view(session: Session, busy: str | None = None, note: str = "", erro
 
 def region_view(region: MarkedRegion) -> dict[str, Any]:
     """`number`, `color` and `ink` (CSS), `outline` (SVG path), `anchor`, `box`, `source`, `label` and `caption`."""
-    color = color_of(region.number)
+    color = color_of(region.number - 1)
     return {
         "number": region.number,
         "color": css(color),
-        "ink": "#fff" if contrast(color, (255, 255, 255)) >= contrast(color, (0, 0, 0)) else "#000",
+        "ink": css(ink_on(color)),
         "outline": region.outline,
         "anchor": [round(edge, 1) for edge in region.anchor],
         "box": [int(edge) for edge in region.found.box],
@@ -65,25 +65,6 @@ def answer_view(answer: Answer) -> dict[str, Any]:
     return {"words": words, "score": answer.score, "passes": answer.passes}
 
 
-def color_of(number: int) -> tuple[int, int, int]:
-    """The colour of a region by its number, from 1."""
-    red, green, blue = PALETTE[(number - 1) % len(PALETTE)]
-    return red, green, blue
-
-
 def css(color: tuple[int, int, int]) -> str:
     """An RGB colour as CSS."""
     return "#" + "".join(f"{channel:02x}" for channel in color)
-
-
-def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
-    """Contrast ratio of two RGB colours as WCAG 2 defines it, from 1 to 21."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def luminance(color: tuple[int, int, int]) -> float:
-    """Relative luminance of an sRGB colour, from 0 to 1 (WCAG 2)."""
-    shares = [channel / 255 for channel in color]
-    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
