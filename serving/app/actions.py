@@ -170,7 +170,9 @@ class Actions:
                 session.exchanges.remove(exchange)
         yield session_view(session, note=f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}.")
 
-    def _answers(self, session: Session, question: str, region: Any, settings: dict[str, Any]) -> Iterator[list[Answer]]:
+    def _answers(
+        self, session: Session, question: str, region: Any, settings: dict[str, Any]
+    ) -> Iterator[list[Answer]]:
         if region is None:
             return self.captioner.answer(session.encoded, question, settings)
         return self.captioner.captions(session.encoded, [region.found.mask], settings, question)
@@ -182,7 +184,10 @@ class Actions:
         if kind not in writers:
             raise ValueError(f"there are exports {sorted(writers)}, got {kind!r}")
         path = writers[kind](session)
-        yield {**session_view(session, note=f"{path.name} is ready."), "download": {"path": str(path), "name": path.name}}
+        yield {
+            **session_view(session, note=f"{path.name} is ready."),
+            "download": {"path": str(path), "name": path.name},
+        }
 
 
 def opened(session: Session) -> Image.Image:

@@ -19,9 +19,7 @@ MOST_POINTS = 20_000  # of all strokes of a brush together
 SMALLEST_BOX = 2  # pixels of each side; less is a slip of the hand
 
 
-def region_of_mark(
-    mark: Mapping[str, Any], image: Image.Image, segmenter: Segmenter, fit: bool
-) -> FoundRegion:
+def region_of_mark(mark: Mapping[str, Any], image: Image.Image, segmenter: Segmenter, fit: bool) -> FoundRegion:
     """The region that a mark shows.
 
     Args:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from transformers import Pipeline
@@ -13,7 +12,7 @@ from perceptiondlm.serving.segmenters import load_segmenter
 
 EXAMPLES = REPOSITORY / "examples"
 NEEDED = {"gradio": "gradio", "skimage": "scikit-image"}
-EMBEDDED_NOTE = "This small model comes with the repository; what it knows is told in docs/embedded.md."
+EMBEDDED = "the small model that comes with the repository (docs/embedded.md tells what it knows)"
 
 
 def check_extra() -> None:
@@ -43,7 +42,7 @@ def build(
 
     finder = load_segmenter(segmenter, device)
     captioner = Captioner(load(), model or str(REPOSITORY))
-    return build_app(Actions(captioner, finder, examples()), settings, "" if model else EMBEDDED_NOTE)
+    return build_app(Actions(captioner, finder, examples()), settings, f"`{model}`" if model else EMBEDDED)
 
 
 def examples() -> dict[str, Any]:

@@ -7,7 +7,6 @@ views come back as the component's value. This file needs gradio; start.py says 
 import base64
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,20 @@ PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("texts.js", "cards.js", "stage.js", "workbench.js")
 MOST_UPLOAD = "100mb"
 CAREFUL = "every step"  # the preset that is none
-HEADLINE = "## PerceptionDLM\nEvery region of a picture captioned at once, by **{model}**. {note}"
+HEADLINE = "## PerceptionDLM\nEvery region of a picture captioned at once, by {model}."
 
 
-def build_app(actions: Actions, base: dict[str, Any], model_note: str = "") -> gr.Blocks:
+def build_app(actions: Actions, base: dict[str, Any], model: str) -> gr.Blocks:
     """The page; `launch_settings` has what belongs to it at its launch.
 
     Args:
         base: keywords of `generate` that hold unless the page's controls say otherwise.
-        model_note: a sentence about the model for the page's head.
+        model: what the page's head calls the model.
     """
     folder = Path(tempfile.mkdtemp(prefix="perceptiondlm-", dir=_served_folder()))
     sessions = Sessions(folder)
     with gr.Blocks(title="PerceptionDLM", analytics_enabled=False) as app:
-        gr.Markdown(HEADLINE.format(model=actions.captioner.name, note=model_note))
+        gr.Markdown(HEADLINE.format(model=model))
         bench = gr.HTML(
             value=session_view(Session(folder)),
             html_template=(PAGE / "workbench.html").read_text(encoding="utf-8"),
@@ -53,7 +52,11 @@ def build_app(actions: Actions, base: dict[str, Any], model_note: str = "") -> g
         with gr.Accordion("Python", open=False):
             code = gr.Code(language="python", label="These regions, these settings", interactive=False)
         _wire(bench, code, controls, base, actions, sessions)
-        app.unload(partial(_leave, sessions))
+
+        @app.unload
+        def leave(request: gr.Request) -> None:
+            sessions.forget(request.session_hash)
+
     return app
 
 
@@ -69,7 +72,9 @@ def _controls(defaults: Any, base: dict[str, Any]) -> list[gr.components.Compone
             label="Preset",
             info="fast: each pass keeps all words that it is sure of",
         ),
-        gr.Slider(1, most, value=base.get("steps", defaults.steps), step=1, label="Steps", info="most denoising passes"),
+        gr.Slider(
+            1, most, value=base.get("steps", defaults.steps), step=1, label="Steps", info="most denoising passes"
+        ),
         gr.Slider(block or 8, most, value=length, step=block or 8, label="Length", info="tokens of a caption, at most"),
     ]
 
@@ -77,9 +82,11 @@ def _controls(defaults: Any, base: dict[str, Any]) -> list[gr.components.Compone
 def launch_settings() -> dict[str, Any]:
     """What `app.launch` takes for the page: styles with the system's own fonts, upload limits."""
     fonts = ["system-ui", "sans-serif"]
-    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+    quiet = {"block_info_text_color": "*neutral_600", "body_text_color_subdued": "*neutral_600"}
+    quiet |= {f"{name}_dark": "*neutral_300" for name in quiet}
+    theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "monospace"]).set(**quiet)
     return {
-        "css": (PAGE / "workbench.css").read_text(encoding="utf-8"),
+        "head": f"<style>{(PAGE / 'workbench.css').read_text(encoding='utf-8')}</style>",  # gradio rewrites its `css`
         "theme": theme,
         "max_file_size": MOST_UPLOAD,
         "footer_links": [],
@@ -109,11 +116,6 @@ def _served_folder() -> str:
     folder = Path(get_upload_folder())
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
-
-
-def _leave(sessions: Sessions, request: gr.Request) -> None:
-    """Forget who closed the page."""
-    sessions.forget(request.session_hash)
 
 
 def uploaded(path: Any) -> Path:

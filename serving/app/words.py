@@ -58,9 +58,7 @@ def words_of(ids: Sequence[int], confidences: Sequence[float], decided: Sequence
         start = text.index(word, end)
         end = start + len(word)
         tokens = [place for place in range(length) if starts[place] < end and starts[place + 1] > start]
-        words.append(
-            Word(word, min(confidences[place] for place in tokens), max(decided[place] for place in tokens))
-        )
+        words.append(Word(word, min(confidences[place] for place in tokens), max(decided[place] for place in tokens)))
     return words
 
 
@@ -79,7 +77,5 @@ class Decisions:
             self.last = [[self.passes] * len(row) for row in ids]
         else:
             for row, old, new in zip(self.last, self.ids, ids, strict=True):
-                row[:] = [
-                    self.passes if was != now else before for before, was, now in zip(row, old, new, strict=True)
-                ]
+                row[:] = [self.passes if was != now else before for before, was, now in zip(row, old, new, strict=True)]
         self.ids = ids

@@ -12,18 +12,16 @@ import time
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from transformers import pipeline
+
+from perceptiondlm.common.loading import REPOSITORY
 
 
 pytest.importorskip("gradio", reason='the app needs gradio: pip install "perceptiondlm[app]"')
 pytest.importorskip("skimage", reason='the app needs scikit-image: pip install "perceptiondlm[app]"')
-playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright: pip install playwright")
-
-from transformers import pipeline
-
-from perceptiondlm.common.loading import REPOSITORY
-from perceptiondlm.serving.app.start import build
-from perceptiondlm.serving.app.ui import launch_settings
-
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="driving a browser needs playwright: pip install playwright"
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
@@ -35,6 +33,9 @@ PATIENCE = 60_000  # milliseconds, for a machine that does other work
 @pytest.fixture(scope="module")
 def address():
     """The running app on the embedded model."""
+    from perceptiondlm.serving.app.start import build
+    from perceptiondlm.serving.app.ui import launch_settings
+
     app = build(
         load=lambda: pipeline("region-captioning", model=str(REPOSITORY), trust_remote_code=True),
         model=None, segmenter="classical", device=None, settings={},
@@ -244,15 +245,20 @@ CONTRASTS = """() => {
     return [255, 255, 255];
   };
   const low = [];
-  for (const node of document.querySelectorAll("#workbench *, .gradio-container label, .gradio-container h2")) {
+  for (const node of document.querySelectorAll(".gradio-container *")) {
     const words = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!words || !node.checkVisibility() || node.closest("svg")) continue;
+    if (!words || !node.checkVisibility() || node.closest("svg, .cm-editor, .toast-wrap")) continue;
     const [one, other] = [luminance(numbers(getComputedStyle(node).color)), luminance(behind(node))];
     const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
     if (ratio < 4.5) low.push(`${node.className} "${node.textContent.trim().slice(0, 30)}": ${ratio.toFixed(2)}`);
   }
   return low;
 }"""
+
+
+NAMELESS = """() => [...document.querySelectorAll('#workbench :is(button, input, select)')]
+  .filter((node) => node.checkVisibility() && !(node.innerText || node.ariaLabel || node.labels?.length))
+  .map((node) => node.outerHTML)"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -262,12 +268,9 @@ def test_texts_stand_out_and_controls_have_names(page, address, theme):
     assert page.evaluate(CONTRASTS) == []
     page.get_by_role("button", name="A drawn scene").click()
     settle(page, ".pd-card >> nth=5")
+    page.get_by_role("button", name="Settings").click()
     page.click(".pd-caption")
     page.wait_for_function("document.querySelectorAll('.pd-score:not(:empty)').length === 6")
     settle(page)
     assert page.evaluate(CONTRASTS) == []
-    nameless = page.evaluate(
-        """() => [...document.querySelectorAll('#workbench :is(button, input, select)')].filter((node) =>
-            node.checkVisibility() && !(node.innerText || node.ariaLabel || node.labels?.length)).map((node) => node.outerHTML)"""
-    )
-    assert nameless == []
+    assert page.evaluate(NAMELESS) == []

@@ -213,9 +213,10 @@ def test_what_visitors_do_wrong_is_said_and_changes_nothing(actions, session, tm
     huge = tmp_path / "huge.png"
     Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(huge)
     (tmp_path / "page.png").write_text("<svg onload='alert(1)'>")
-    assert "64 megapixels" in last(actions.open(session, huge, "huge.png"))["error"] or "accepted are up to 64" in last(
-        actions.open(session, huge, "huge.png")
-    )["error"]
+    assert (
+        "64 megapixels" in last(actions.open(session, huge, "huge.png"))["error"]
+        or "accepted are up to 64" in last(actions.open(session, huge, "huge.png"))["error"]
+    )
     assert "cannot identify" in last(actions.open(session, tmp_path / "page.png", "page.png"))["error"]
     assert "needs a segmenter" in last(actions.everything(session))["error"]
     assert "less than 2 pixels" in last(actions.mark(session, {"kind": "box", "box": [5, 5, 5, 5]}))["error"]

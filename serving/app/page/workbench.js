@@ -91,9 +91,28 @@ function showQuestions() {
   }));
 }
 
-function render() {
+// Drafts stay long enough to be seen, unless many wait already.
+const SEEN = 90, MOST_WAITING = 6;  // milliseconds, drafts
+const waiting = [];
+let pause = null;
+
+function take() {
   if (!props.value || typeof props.value !== "object") return;
-  view = structuredClone(props.value);
+  waiting.push(structuredClone(props.value));
+  if (pause === null) next();
+}
+
+function next() {
+  pause = null;
+  while (waiting.length && pause === null) {
+    render(waiting.shift());
+    const isDraft = ["captioning", "asking"].includes(view.busy);
+    if (isDraft && waiting.length < MOST_WAITING) pause = setTimeout(next, SEEN);
+  }
+}
+
+function render(fresh) {
+  view = fresh;
   bench.dataset.empty = String(!view.image);
   stage.render(view, url);
   cards.render(view);
@@ -179,6 +198,6 @@ for (const example of props.examples ?? []) {
   find(".pd-examples").append(button);
 }
 wireTip(bench);
-watch("value", render);
+watch("value", take);
 showStatus();
-render();
+take();
