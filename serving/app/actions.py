@@ -14,7 +14,7 @@ from PIL import Image
 
 from perceptiondlm.common.json_files import read_json
 from perceptiondlm.images_perceptiondlm import load_image
-from perceptiondlm.serving.app.captioner import Answer, Captioner
+from perceptiondlm.serving.app.captioner import Captioner, Drafts
 from perceptiondlm.serving.app.exports import export_coco, export_png
 from perceptiondlm.serving.app.marks import region_of_mark
 from perceptiondlm.serving.app.session import Session
@@ -135,18 +135,22 @@ class Actions:
         regions = list(session.regions)
         if not regions:
             raise ValueError("mark a region first: drag a box, click an object, paint, or find everything")
-        before, finished = [region.caption for region in regions], False
+        before, run = [region.caption for region in regions], session.stop()
         masks = [region.found.mask for region in regions]
+        drafts = self.captioner.captions(session.encoded, masks, settings)
         try:
-            for answers in self.captioner.captions(session.encoded, masks, settings):
+            for answers in going_on(session, run, drafts):
                 for region, answer in zip(regions, answers, strict=True):
                     region.caption = answer
                 yield session_view(session, busy="captioning", note=f"Denoising: pass {answers[0].passes}")
-            finished = True
         finally:
-            if not finished:  # stopped, or failed
+            drafts.close()
+            if any(region.caption is None or region.caption.text is None for region in regions):  # stopped, or failed
                 for region, caption in zip(regions, before, strict=True):
                     region.caption = caption
+        if session.run != run:
+            yield session_view(session, note="Stopped.")
+            return
         session.settings = settings
         passes = max(region.caption.passes for region in regions if region.caption is not None)
         yield session_view(session, note=f"{counted(len(regions), 'caption')} in {counted(passes, 'pass', 'passes')}.")
@@ -159,20 +163,20 @@ class Actions:
         if not question or len(question) > LONGEST_QUESTION:
             raise ValueError(f"a question has 1 to {LONGEST_QUESTION} characters, got {len(question)}")
         region = None if number is None else session.region(number)
-        exchange, finished = session.ask(question, number), False
+        exchange, run = session.ask(question, number), session.stop()
+        drafts = self._answers(session, question, region, settings)
         try:
-            for (answer,) in self._answers(session, question, region, settings):
+            for (answer,) in going_on(session, run, drafts):
                 exchange.answer = answer
                 yield session_view(session, busy="asking", note=f"Denoising: pass {answer.passes}")
-            finished = True
         finally:
-            if not finished:
+            drafts.close()
+            if exchange.answer.text is None and exchange in session.exchanges:  # stopped, or failed
                 session.exchanges.remove(exchange)
-        yield session_view(session, note=f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}.")
+        note = f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}." if session.run == run else "Stopped."
+        yield session_view(session, note=note)
 
-    def _answers(
-        self, session: Session, question: str, region: Any, settings: dict[str, Any]
-    ) -> Iterator[list[Answer]]:
+    def _answers(self, session: Session, question: str, region: Any, settings: dict[str, Any]) -> Drafts:
         if region is None:
             return self.captioner.answer(session.encoded, question, settings)
         return self.captioner.captions(session.encoded, [region.found.mask], settings, question)
@@ -188,6 +192,14 @@ class Actions:
             **session_view(session, note=f"{path.name} is ready."),
             "download": {"path": str(path), "name": path.name},
         }
+
+
+def going_on(session: Session, run: int, drafts: Drafts) -> Drafts:
+    """Drafts until the session stops their run; what is finished is never dropped."""
+    for answers in drafts:
+        yield answers
+        if session.run != run:
+            return
 
 
 def opened(session: Session) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ class Answer:
     score: float | None = None
     tokens: list[float] = field(default_factory=list)
     passes: int = 0
+
+
+Drafts = Generator[list[Answer], None, None]
 
 
 class DraftQueue:
@@ -78,7 +81,7 @@ class Captioner:
 
     def captions(
         self, image: Any, masks: Sequence[dict], settings: dict[str, Any], question: str | None = None
-    ) -> Iterator[list[Answer]]:
+    ) -> Drafts:
         """Drafts and at last the captions of regions, or their answers to a question.
 
         Args:
@@ -91,11 +94,11 @@ class Captioner:
         inputs = self.pipe.processor(images=image, masks=list(masks), text=question, return_tensors="pt")
         return self._run(image, inputs, settings)
 
-    def answer(self, image: Any, question: str, settings: dict[str, Any]) -> Iterator[list[Answer]]:
+    def answer(self, image: Any, question: str, settings: dict[str, Any]) -> Drafts:
         """Drafts and at last the answer to a question about the whole image, each a list of one."""
         return self._run(image, self.pipe.processor(images=[image], text=question, return_tensors="pt"), settings)
 
-    def _run(self, image: Any, inputs: Any, settings: dict[str, Any]) -> Iterator[list[Answer]]:
+    def _run(self, image: Any, inputs: Any, settings: dict[str, Any]) -> Drafts:
         drafts, decisions = DraftQueue(), Decisions()
         encoded = image if self.keeps_images else None
 

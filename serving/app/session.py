@@ -51,6 +51,7 @@ class Session:
         image_name: the file's name; shown: path of the picture that the browser shows.
         encoded: of `Captioner.encode`.
         settings: keywords of `generate` that made the captions.
+        run: number of the run of the model that may go on; `stop` ends it.
         folder: of its own, where files for the browser lie.
     """
 
@@ -63,9 +64,16 @@ class Session:
     exchanges: list[Exchange] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     last_number: int = 0
+    run: int = 0
+
+    def stop(self) -> int:
+        """End the run of the model that goes on, if one does, and return the number of the next."""
+        self.run += 1
+        return self.run
 
     def open(self, image: Image.Image, name: str, shown: Path) -> None:
         """Start anew with a picture."""
+        self.stop()
         self.image, self.image_name, self.shown, self.encoded = image, name, shown, None
         self.clear()
 
@@ -93,6 +101,7 @@ class Session:
 
     def clear(self) -> None:
         """Remove all regions, captions and answers."""
+        self.stop()
         self.regions, self.exchanges, self.last_number = [], [], 0
 
     def ask(self, question: str, region: int | None) -> Exchange:
@@ -135,4 +144,5 @@ class Sessions:
     def _forget(self, key: str) -> None:
         session = self.held.pop(key, None)
         if session is not None:
+            session.stop()
             shutil.rmtree(session.folder, ignore_errors=True)

@@ -4,7 +4,9 @@ The workbench (page/) is one HTML component. It triggers events named `bench_*`;
 views come back as the component's value. This file needs gradio; start.py says so where it is missing.
 """
 
+import atexit
 import base64
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -24,6 +26,7 @@ from perceptiondlm.serving.app.view import session_view
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("texts.js", "cards.js", "stage.js", "workbench.js")
 MOST_UPLOAD = "100mb"
+UPLOADS_STAY = (600, 3600)  # seconds between looks, and seconds that an uploaded file stays
 CAREFUL = "every step"  # the preset that is none
 HEADLINE = "## PerceptionDLM\nEvery region of a picture captioned at once, by {model}."
 
@@ -36,8 +39,9 @@ def build_app(actions: Actions, base: dict[str, Any], model: str) -> gr.Blocks:
         model: what the page's head calls the model.
     """
     folder = Path(tempfile.mkdtemp(prefix="perceptiondlm-", dir=_served_folder()))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sessions = Sessions(folder)
-    with gr.Blocks(title="PerceptionDLM", analytics_enabled=False) as app:
+    with gr.Blocks(title="PerceptionDLM", analytics_enabled=False, delete_cache=UPLOADS_STAY) as app:
         gr.Markdown(HEADLINE.format(model=model))
         bench = gr.HTML(
             value=session_view(Session(folder)),
@@ -50,7 +54,7 @@ def build_app(actions: Actions, base: dict[str, Any], model: str) -> gr.Blocks:
         with gr.Accordion("Settings", open=False), gr.Row():
             controls = _controls(actions.captioner.pipe.model.generation_config, base)
         with gr.Accordion("Python", open=False):
-            code = gr.Code(language="python", label="These regions, these settings", interactive=False)
+            code = gr.Code(language="python", label="What made the last captions", interactive=False)
         _wire(bench, code, controls, base, actions, sessions)
 
         @app.unload
@@ -137,15 +141,15 @@ def _wire(
 ) -> None:
     """Connect the workbench's events to the actions."""
 
-    def on(event: str, run: Callable[[Session, dict[str, Any]], Iterator[Any]], **options: Any) -> Any:
+    def on(event: str, run: Callable[[Session, dict[str, Any]], Iterator[Any]]) -> None:
         """An event without controls."""
 
         def handle(request: gr.Request, data: gr.EventData) -> Iterator[Any]:
             yield from run(sessions.of(request.session_hash), data._data or {})
 
-        return getattr(bench, event)(handle, None, bench, **quiet, **options)
+        getattr(bench, event)(handle, None, bench, **quiet)
 
-    def on_generate(event: str, run: Callable[[Session, dict[str, Any], dict[str, Any]], Iterator[Any]]) -> Any:
+    def on_generate(event: str, run: Callable[[Session, dict[str, Any], dict[str, Any]], Iterator[Any]]) -> None:
         """An event that runs the model with the controls' settings; the code follows."""
 
         def handle(request: gr.Request, data: gr.EventData, *values: Any) -> Iterator[Any]:
@@ -154,23 +158,26 @@ def _wire(
                 yield view, gr.skip()
             yield view, python_code(session, actions.captioner.name) if session.captioned else ""
 
-        return getattr(bench, event)(handle, controls, [bench, code], **quiet)
+        getattr(bench, event)(handle, controls, [bench, code], **quiet)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    captioning = on_generate("bench_caption", lambda session, _, settings: actions.caption(session, settings))
-    asking = on_generate(
+    on_generate("bench_caption", lambda session, _, settings: actions.caption(session, settings))
+    on_generate(
         "bench_ask",
         lambda session, data, settings: actions.ask(session, data.get("question"), data.get("region"), settings),
     )
-    running = {"cancels": [captioning, asking]}
-    on("bench_open", lambda session, data: open_upload(actions, session, data), **running)
-    on("bench_example", lambda session, data: actions.example(session, data.get("name")), **running)
+    on("bench_open", lambda session, data: open_upload(actions, session, data))
+    on("bench_example", lambda session, data: actions.example(session, data.get("name")))
     on("bench_mark", lambda session, data: actions.mark(session, data.get("mark") or {}))
     on("bench_everything", lambda session, _: actions.everything(session))
     on("bench_remove", lambda session, data: actions.remove(session, data.get("number")))
-    on("bench_clear", lambda session, _: actions.clear(session), **running)
+    on("bench_clear", lambda session, _: actions.clear(session))
     on("bench_export", lambda session, data: actions.export(session, data.get("kind")))
-    on("bench_stop", lambda session, _: iter([session_view(session, note="Stopped.")]), **running)
+
+    def stop(request: gr.Request) -> None:
+        sessions.of(request.session_hash).stop()
+
+    bench.bench_stop(stop, None, None, **quiet)
 
 
 def open_upload(actions: Actions, session: Session, data: dict[str, Any]) -> Iterator[Any]:
