@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     from perceptiondlm.serving.app.start import build, serve
 
     app = build(
-        load=lambda: load_pipeline(options),
+        load=lambda default: load_pipeline(options, default),
         model=options.model,
         segmenter=options.segmenter,
         device=options.device,

@@ -34,11 +34,12 @@ Views = Iterator[View]
 
 @dataclass(frozen=True)
 class Example:
-    """A picture to start with, and its regions in a benchmark's `annotations` form."""
+    """A picture to start with, its regions in a benchmark's `annotations` form, and a model of its own, if any."""
 
     title: str
     picture: Path
     masks: Path
+    captioner: Callable[[], Captioner] | None = None
 
 
 def reported(action: Callable[..., Views]) -> Callable[..., Views]:
@@ -58,7 +59,7 @@ class Actions:
     """Everything behind the buttons.
 
     Args:
-        captioner: the model.
+        captioner: the model of all pictures but those of examples that bring their own.
         segmenter: what makes regions of points, boxes and "everything".
         examples: pictures to start with, by name.
     """
@@ -69,6 +70,10 @@ class Actions:
     @reported
     def open(self, session: Session, path: Path, name: str) -> Views:
         """Open a picture from a file of the server."""
+        yield from self._open(session, path, name, self.captioner)
+        yield session_view(session, note="Mark regions: drag boxes, click objects, paint, or find everything.")
+
+    def _open(self, session: Session, path: Path, name: str, captioner: Captioner) -> Views:
         yield session_view(session, busy="opening")
         with Image.open(path) as opened:
             if (pixels := opened.width * opened.height) > MOST_PIXELS:
@@ -80,9 +85,7 @@ class Actions:
         small = image.copy()
         small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         small.save(shown, quality=90)
-        session.open(image, safe_name(name), shown)
-        session.encoded = self.captioner.encode(image)
-        yield session_view(session, note="Mark regions: drag boxes, click objects, paint, or find everything.")
+        session.open(image, safe_name(name), shown, captioner, captioner.encode(image))
 
     @reported
     def example(self, session: Session, name: Any) -> Views:
@@ -90,10 +93,14 @@ class Actions:
         if name not in self.examples:
             raise ValueError(f"there is no example {name!r}; there are {sorted(self.examples)}")
         example = self.examples[name]
-        yield from self.open(session, example.picture, example.picture.name)
+        captioner = self.captioner if example.captioner is None else example.captioner()
+        yield from self._open(session, example.picture, example.picture.name, captioner)
         masks = [region["mask_rle"] for region in read_json(example.masks)["annotations"]]
         count = session.add(regions_of(session.image, masks=masks), "example")
-        yield session_view(session, note=f"{count} regions are marked. Caption them, or mark your own.")
+        note = f"{count} regions are marked. Caption them, or mark your own."
+        if captioner is not self.captioner:
+            note += f" This picture has a model of its own: {captioner.title}."
+        yield session_view(session, note=note)
 
     @reported
     def mark(self, session: Session, mark: Mapping[str, Any]) -> Views:
@@ -131,13 +138,13 @@ class Actions:
     @reported
     def caption(self, session: Session, settings: dict[str, Any]) -> Views:
         """Caption all regions at once; drafts come as they are denoised."""
-        opened(session)
+        captioner = captioner_of(session)
         regions = list(session.regions)
         if not regions:
             raise ValueError("mark a region first: drag a box, click an object, paint, or find everything")
         before, run = [region.caption for region in regions], session.stop()
         masks = [region.found.mask for region in regions]
-        drafts = self.captioner.captions(session.encoded, masks, settings)
+        drafts = captioner.captions(session.encoded, masks, settings)
         try:
             for answers in going_on(session, run, drafts):
                 for region, answer in zip(regions, answers, strict=True):
@@ -158,13 +165,16 @@ class Actions:
     @reported
     def ask(self, session: Session, question: Any, number: int | None, settings: dict[str, Any]) -> Views:
         """Ask about a region, or about the whole image where `number` is None."""
-        opened(session)
+        captioner = captioner_of(session)
         question = " ".join(str(question or "").split())
         if not question or len(question) > LONGEST_QUESTION:
             raise ValueError(f"a question has 1 to {LONGEST_QUESTION} characters, got {len(question)}")
         region = None if number is None else session.region(number)
         exchange, run = session.ask(question, number), session.stop()
-        drafts = self._answers(session, question, region, settings)
+        if region is None:
+            drafts = captioner.answer(session.encoded, question, settings)
+        else:
+            drafts = captioner.captions(session.encoded, [region.found.mask], settings, question)
         try:
             for (answer,) in going_on(session, run, drafts):
                 exchange.answer = answer
@@ -176,15 +186,10 @@ class Actions:
         note = f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}." if session.run == run else "Stopped."
         yield session_view(session, note=note)
 
-    def _answers(self, session: Session, question: str, region: Any, settings: dict[str, Any]) -> Drafts:
-        if region is None:
-            return self.captioner.answer(session.encoded, question, settings)
-        return self.captioner.captions(session.encoded, [region.found.mask], settings, question)
-
     @reported
     def export(self, session: Session, kind: Any) -> Views:
         """Write a file; the view's `download` says where it lies."""
-        writers = {"png": export_png, "coco": lambda session: export_coco(session, self.captioner.name)}
+        writers = {"png": export_png, "coco": export_coco}
         if kind not in writers:
             raise ValueError(f"there are exports {sorted(writers)}, got {kind!r}")
         path = writers[kind](session)
@@ -207,6 +212,13 @@ def opened(session: Session) -> Image.Image:
     if session.image is None:
         raise ValueError("open a picture first (a page that rested for long forgets its picture)")
     return session.image
+
+
+def captioner_of(session: Session) -> Captioner:
+    """The model of the session's picture; refused before one was opened."""
+    opened(session)
+    assert session.captioner is not None  # it came with the picture
+    return session.captioner
 
 
 def safe_name(name: Any) -> str:

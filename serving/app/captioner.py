@@ -4,11 +4,13 @@ import queue
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import Pipeline
 
+from perceptiondlm.common.loading import CODE, REPOSITORY
 from perceptiondlm.serving.app.words import Decisions, Word, draft_pieces, words_of
 
 
@@ -61,16 +63,25 @@ class Captioner:
 
     Args:
         pipe: `pipeline("region-captioning")`.
-        name: what the model is called on the screen and in exports.
+        name: directory or Hub id of the model, as exports name it.
+        title: what the page calls it, by default its name.
     """
 
-    def __init__(self, pipe: Pipeline, name: str):
-        self.pipe, self.name = pipe, name
+    def __init__(self, pipe: Pipeline, name: str, title: str | None = None):
+        self.pipe, self.name, self.title = pipe, name, title or name
         self.lock = threading.Lock()
         self.tokenizer = pipe.processor.tokenizer
         config = pipe.model.config
         self.mask_id = config.mask_token_id
         self.keeps_images = config.region_conditioning != "vision"  # there, features depend on the regions
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Repository, and the folder inside it where the model is no repository of its own."""
+        folder = Path(self.name).resolve()
+        if folder.is_relative_to(REPOSITORY) and folder != REPOSITORY and not (folder / CODE).is_file():
+            return str(REPOSITORY), folder.relative_to(REPOSITORY).as_posix()
+        return self.name, None
 
     def encode(self, image: Image.Image) -> Any:
         """What stands for an image in later calls: its features, or itself where they depend on the regions."""

@@ -11,19 +11,26 @@ from perceptiondlm.serving.app.session import MarkedRegion, Session
 
 
 SCRIPT = '''\
-"""Captions of {image_name}, as on the page. Needs: pip install perceptiondlm"""
+"""Captions of {image_name}, as on the page."""
 
 from PIL import Image
-from transformers import pipeline
+{imports}
 
 
 image = Image.open({image_name!r})
 masks = {masks}
 
-pipe = pipeline("region-captioning", model={model!r}, trust_remote_code=True)
+{loading}
 for region in pipe(image, masks=masks, exif="applied", {settings}):
     print(f"{{region['score']:.2f}}  {{region['caption']}}")
 '''
+REPOSITORY = """\
+pipe = pipeline("region-captioning", model={model!r}, trust_remote_code=True)"""
+SUBFOLDER = """\
+where = {{"subfolder": {subfolder!r}, "trust_remote_code": True}}
+model = AutoModelForImageTextToText.from_pretrained({model!r}, **where)
+processor = AutoProcessor.from_pretrained({model!r}, **where)
+pipe = pipeline("region-captioning", model=model, processor=processor, trust_remote_code=True)"""
 
 
 def export_png(session: Session) -> Path:
@@ -41,16 +48,16 @@ def export_png(session: Session) -> Path:
     return path
 
 
-def export_coco(session: Session, model: str) -> Path:
+def export_coco(session: Session) -> Path:
     """COCO JSON: one image, an annotation per region with `caption`, `score` and `token_confidences` beside COCO's."""
     regions = captioned(session)
-    assert session.image is not None  # there are captions
+    assert session.image is not None and session.captioner is not None  # noqa: PT018 - there are captions
     width, height = session.image.size
     names = sorted({region.found.label or "region" for region in regions})
     content = {
         "info": {
             "description": "Regions and captions of PerceptionDLM",
-            "model": model,
+            "model": session.captioner.name,
             "settings": session.settings,
             "date_created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
@@ -81,11 +88,19 @@ def annotation(region: MarkedRegion, category: int) -> dict[str, Any]:
     }
 
 
-def python_code(session: Session, model: str) -> str:
-    """A script that captions the same regions with the same settings; the image lies beside it."""
-    masks = pprint.pformat([region.found.mask for region in session.regions], width=118, sort_dicts=False)
-    settings = ", ".join(f"{name}={value!r}" for name, value in session.settings.items())
-    return SCRIPT.format(image_name=session.image_name, masks=masks, model=model, settings=settings)
+def python_code(session: Session) -> str:
+    """A script that captions the same regions with the same model and settings; the image lies beside it."""
+    assert session.captioner is not None  # there are captions
+    model, subfolder = session.captioner.place
+    names = ["pipeline"] if subfolder is None else ["AutoModelForImageTextToText", "AutoProcessor", "pipeline"]
+    loading = (REPOSITORY if subfolder is None else SUBFOLDER).format(model=model, subfolder=subfolder)
+    return SCRIPT.format(
+        image_name=session.image_name,
+        imports=f"from transformers import {', '.join(names)}",
+        masks=pprint.pformat([region.found.mask for region in session.regions], width=118, sort_dicts=False),
+        loading=loading,
+        settings=", ".join(f"{name}={value!r}" for name, value in session.settings.items()),
+    )
 
 
 def captioned(session: Session) -> list[MarkedRegion]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from perceptiondlm.serving.app.captioner import Answer
+from perceptiondlm.serving.app.captioner import Answer, Captioner
 from perceptiondlm.serving.app.outlines import traced
 from perceptiondlm.serving.found import FoundRegion
 
@@ -49,7 +49,7 @@ class Session:
     Args:
         image: RGB, turned as its EXIF orientation says; None before one was opened.
         image_name: the file's name; shown: path of the picture that the browser shows.
-        encoded: of `Captioner.encode`.
+        captioner: the model of the picture; encoded: of its `encode`.
         settings: keywords of `generate` that made the captions.
         run: number of the run of the model that may go on; `stop` ends it.
         folder: of its own, where files for the browser lie.
@@ -59,6 +59,7 @@ class Session:
     image: Image.Image | None = None
     image_name: str = ""
     shown: Path | None = None
+    captioner: Captioner | None = None
     encoded: Any = None
     regions: list[MarkedRegion] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
@@ -71,10 +72,10 @@ class Session:
         self.run += 1
         return self.run
 
-    def open(self, image: Image.Image, name: str, shown: Path) -> None:
+    def open(self, image: Image.Image, name: str, shown: Path, captioner: Captioner, encoded: Any) -> None:
         """Start anew with a picture."""
-        self.stop()
-        self.image, self.image_name, self.shown, self.encoded = image, name, shown, None
+        self.image, self.image_name, self.shown = image, name, shown
+        self.captioner, self.encoded = captioner, encoded
         self.clear()
 
     def add(self, found: Iterable[FoundRegion], source: str) -> int:

@@ -1,18 +1,21 @@
 """From options to a running page."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from transformers import Pipeline
 
-from perceptiondlm.common.loading import REPOSITORY
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY
 from perceptiondlm.serving.segmenters import load_segmenter
 
 
 EXAMPLES = REPOSITORY / "examples"
 NEEDED = {"gradio": "gradio", "skimage": "scikit-image"}
 EMBEDDED = "the small model that comes with the repository (docs/embedded.md tells what it knows)"
+DRAWN = "the one of the drawn world"
 
 
 def check_extra() -> None:
@@ -25,35 +28,37 @@ def check_extra() -> None:
 
 
 def build(
-    load: Callable[[], Pipeline], model: str | None, segmenter: str, device: str | None, settings: dict[str, Any]
+    load: Callable[[Path], Pipeline], model: str | None, segmenter: str, device: str | None, settings: dict[str, Any]
 ) -> Any:
     """The page of a model, as `gradio.Blocks`.
 
     Args:
-        load: makes the region-captioning pipeline; what is wrong with the rest is said before.
-        model: its name, None for the embedded one.
+        load: makes the region-captioning pipeline of the chosen model, or without one, that of a directory; what is
+            wrong with the rest is said before.
+        model: the chosen model, None for the embedded ones.
         segmenter, device: of `load_segmenter`.
         settings: keywords of `generate` that hold unless the page's controls say otherwise.
     """
     check_extra()
-    from perceptiondlm.serving.app.actions import Actions
+    from perceptiondlm.serving.app.actions import Actions, Example
     from perceptiondlm.serving.app.captioner import Captioner
     from perceptiondlm.serving.app.ui import build_app
 
+    @cache
+    def drawn() -> Captioner:
+        return Captioner(load(DRAWN_MODEL), str(DRAWN_MODEL), DRAWN)
+
     finder = load_segmenter(segmenter, device)
-    captioner = Captioner(load(), model or str(REPOSITORY))
-    return build_app(Actions(captioner, finder, examples()), settings, f"`{model}`" if model else EMBEDDED)
-
-
-def examples() -> dict[str, Any]:
-    """Pictures to start with, as far as they lie here (a clone has them, an installed package does not)."""
-    from perceptiondlm.serving.app.actions import Example
-
-    known = {
+    captioner = Captioner(load(REPOSITORY), model or str(REPOSITORY), f"`{model}`" if model else EMBEDDED)
+    examples = {
         "photo": Example("A photo", EXAMPLES / "photo.jpg", EXAMPLES / "photo_masks.json"),
-        "scene": Example("A drawn scene", EXAMPLES / "scene.png", EXAMPLES / "scene_masks.json"),
+        "scene": Example(
+            "A drawn scene", EXAMPLES / "scene.png", EXAMPLES / "scene_masks.json", None if model else drawn
+        ),
     }
-    return {name: example for name, example in known.items() if example.picture.is_file() and example.masks.is_file()}
+    # A clone has them, an installed package does not.
+    examples = {name: one for name, one in examples.items() if one.picture.is_file() and one.masks.is_file()}
+    return build_app(Actions(captioner, finder, examples), settings)
 
 
 def serve(app: Any, host: str, port: int | None, show: bool = False) -> None:

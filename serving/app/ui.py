@@ -31,18 +31,17 @@ CAREFUL = "every step"  # the preset that is none
 HEADLINE = "## PerceptionDLM\nEvery region of a picture captioned at once, by {model}."
 
 
-def build_app(actions: Actions, base: dict[str, Any], model: str) -> gr.Blocks:
+def build_app(actions: Actions, base: dict[str, Any]) -> gr.Blocks:
     """The page; `launch_settings` has what belongs to it at its launch.
 
     Args:
         base: keywords of `generate` that hold unless the page's controls say otherwise.
-        model: what the page's head calls the model.
     """
     folder = Path(tempfile.mkdtemp(prefix="perceptiondlm-", dir=_served_folder()))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sessions = Sessions(folder)
     with gr.Blocks(title="PerceptionDLM", analytics_enabled=False, delete_cache=UPLOADS_STAY) as app:
-        gr.Markdown(HEADLINE.format(model=model))
+        gr.Markdown(HEADLINE.format(model=actions.captioner.title))
         bench = gr.HTML(
             value=session_view(Session(folder)),
             html_template=(PAGE / "workbench.html").read_text(encoding="utf-8"),
@@ -156,7 +155,7 @@ def _wire(
             session = sessions.of(request.session_hash)
             for view in run(session, data._data or {}, settings_of(base, *values)):
                 yield view, gr.skip()
-            yield view, python_code(session, actions.captioner.name) if session.captioned else ""
+            yield view, python_code(session) if session.captioned else ""
 
         getattr(bench, event)(handle, controls, [bench, code], **quiet)
 

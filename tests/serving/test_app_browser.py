@@ -8,13 +8,13 @@ import re
 import shutil
 import socket
 import time
+from argparse import Namespace
 
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from transformers import pipeline
 
-from perceptiondlm.common.loading import REPOSITORY
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY, load_pipeline
 
 
 pytest.importorskip("gradio", reason='the app needs gradio: pip install "perceptiondlm[app]"')
@@ -32,12 +32,12 @@ PATIENCE = 180_000  # milliseconds, for a machine that does other work
 
 @pytest.fixture(scope="module")
 def address():
-    """The running app on the embedded model."""
+    """The running app on the model of the drawn world."""
     from perceptiondlm.serving.app.start import build
     from perceptiondlm.serving.app.ui import launch_settings
 
     app = build(
-        load=lambda: pipeline("region-captioning", model=str(REPOSITORY), trust_remote_code=True),
+        load=lambda _: load_pipeline(Namespace(model=None, device=None, dtype="auto", quantize=None), DRAWN_MODEL),
         model=None, segmenter="classical", device=None, settings={},
     )  # fmt: skip
     with socket.socket() as probe:

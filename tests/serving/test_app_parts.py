@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pycocotools.coco import COCO
 
 pytest.importorskip("skimage", reason='the app needs scikit-image: pip install "perceptiondlm[app]"')
 
+from perceptiondlm.common.loading import DRAWN_MODEL, load_pipeline
 from perceptiondlm.common.palette import contrast
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.app.actions import MOST_PIXELS, Actions, safe_name
@@ -237,7 +239,7 @@ def test_what_visitors_do_wrong_is_said_and_changes_nothing(actions, session, tm
     assert "open a picture first" in last(actions.caption(empty, SETTINGS))["error"]
 
 
-def test_exports_are_a_picture_coco_and_a_script_that_says_the_same(actions, session, scene, capsys, monkeypatch):
+def test_exports_are_a_picture_and_coco(actions, session, scene):
     last(actions.caption(session, SETTINGS))
     view = last(actions.export(session, "png"))
     with Image.open(view["download"]["path"]) as picture:
@@ -251,21 +253,21 @@ def test_exports_are_a_picture_coco_and_a_script_that_says_the_same(actions, ses
         assert annotation["caption"] == region.caption.text
         tokens = annotation["token_confidences"]
         assert sum(tokens) / len(tokens) == pytest.approx(annotation["score"], abs=1e-3)
-    called = {}
 
-    def pipe(image, masks, **settings):
-        called.update(masks=masks, settings=settings)
-        return [{"score": 0.5, "caption": "words"}]
 
-    monkeypatch.setattr("transformers.pipeline", lambda *_, **__: pipe)
+def test_copied_python_prints_the_captions_of_the_page(session, scene, capsys, monkeypatch):
+    """On a model that lies in a folder of a repository, with the repository's code."""
+    pipe = load_pipeline(Namespace(model=None, device=None, dtype="auto", quantize=None), DRAWN_MODEL)
+    captioner = Captioner(pipe, str(DRAWN_MODEL))
+    session.captioner, session.encoded = captioner, captioner.encode(session.image)
+    last(Actions(captioner, load_segmenter("none"), {}).caption(session, {"preset": "fast", "steps": 20}))
     script = session.folder / "script.py"
-    script.write_text(python_code(session, "tiny"))
+    script.write_text(python_code(session))
     scene.image.save(session.folder / session.image_name)
     monkeypatch.chdir(session.folder)
     runpy.run_path(str(script))
-    assert called["masks"] == [region.found.mask for region in session.regions]
-    assert called["settings"] == {**SETTINGS, "exif": "applied"}
-    assert "0.50  words" in capsys.readouterr().out
+    printed = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [region.caption.text for region in session.regions]
 
 
 def test_views_are_json_and_numbers_are_legible_on_their_colours(session):
