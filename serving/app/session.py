@@ -18,6 +18,7 @@ from perceptiondlm.serving.found import FoundRegion
 
 MOST_REGIONS = 200
 MOST_SESSIONS = 64
+MOST_PIXELS_HELD = 500_000_000  # of all visitors' pictures together, 3 bytes each
 MOST_ANSWERS = 50
 
 
@@ -118,10 +119,15 @@ class Session:
 
 
 class Sessions:
-    """The sessions of all visitors by key; the one that rested longest leaves first."""
+    """The sessions of all visitors by key; the one that rested longest leaves first.
 
-    def __init__(self, folder: Path, most: int = MOST_SESSIONS):
-        self.folder, self.most = folder, most
+    Args:
+        folder: where each gets a folder of its own.
+        most: sessions, and most_pixels: pixels of their pictures together, that are held.
+    """
+
+    def __init__(self, folder: Path, most: int = MOST_SESSIONS, most_pixels: int = MOST_PIXELS_HELD):
+        self.folder, self.most, self.most_pixels = folder, most, most_pixels
         self.held: OrderedDict[str, Session] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -133,7 +139,7 @@ class Sessions:
                 folder.mkdir(parents=True)
                 self.held[key] = Session(folder)
             self.held.move_to_end(key)
-            while len(self.held) > self.most:
+            while len(self.held) > 1 and (len(self.held) > self.most or self._pixels() > self.most_pixels):
                 self._forget(next(iter(self.held)))
             return self.held[key]
 
@@ -141,6 +147,9 @@ class Sessions:
         """Drop a session and its files."""
         with self.lock:
             self._forget(key)
+
+    def _pixels(self) -> int:
+        return sum(one.image.width * one.image.height for one in self.held.values() if one.image is not None)
 
     def _forget(self, key: str) -> None:
         session = self.held.pop(key, None)

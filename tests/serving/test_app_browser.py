@@ -131,7 +131,8 @@ def test_from_upload_to_export(page, tmp_path):
     drafts = [slots for slots in page.evaluate("window.seen") if sum(slots)]
     assert len(drafts) >= 2
     assert sum(drafts[-1]) < sum(drafts[0])
-    assert sum(slots > 0 for slots in drafts[0]) == count
+    assert len(drafts[0]) == count
+    assert sum(slots > 0 for slots in drafts[0]) >= 2
     assert seconds < 120  # measured alone: docs/app.md
     texts = page.locator(".pd-card .pd-text").all_inner_texts()
     assert any(name in text for text in texts for name in NAMES)
@@ -173,7 +174,7 @@ def test_from_upload_to_export(page, tmp_path):
     annotations = COCO(str(files["coco"])).anns.values()
     assert [annotation["caption"].split() for annotation in annotations] == [text.split() for text in texts]
     page.get_by_role("button", name="Python").click()
-    page.wait_for_selector('.cm-content:has-text("region-captioning")')
+    page.wait_for_selector('.cm-content:has-text("Captions of scene.png")')
 
 
 def test_everything_by_keyboard(page):

@@ -291,6 +291,17 @@ def test_sessions_are_apart_and_the_oldest_leaves_with_its_files(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_pictures_of_all_visitors_together_are_bounded(tmp_path):
+    sessions = Sessions(tmp_path, most_pixels=3 * IMAGE.width * IMAGE.height)
+    for name in "abc":
+        sessions.of(name).image = IMAGE
+    assert sessions.of("a").image is not None
+    sessions.of("d").image = IMAGE
+    assert set(sessions.held) == {"a", "b", "c", "d"}
+    assert sessions.of("d").image is not None
+    assert set(sessions.held) == {"c", "a", "d"}
+
+
 def test_names_lose_what_means_something_elsewhere():
     assert safe_name('C:\\x\\"""evil;<b>.png') == "___evil__b_.png"
     assert safe_name("../..") == "picture"
