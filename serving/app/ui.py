@@ -40,7 +40,7 @@ def build_app(actions: Actions, base: dict[str, Any]) -> gr.Blocks:
     folder = Path(tempfile.mkdtemp(prefix="perceptiondlm-", dir=_served_folder()))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sessions = Sessions(folder)
-    with gr.Blocks(title="PerceptionDLM", analytics_enabled=False, delete_cache=UPLOADS_STAY) as app:
+    with gr.Blocks(title="PerceptionDLM", analytics_enabled=False, fill_width=True, delete_cache=UPLOADS_STAY) as app:
         gr.Markdown(HEADLINE.format(model=actions.captioner.title))
         bench = gr.HTML(
             value=session_view(Session(folder)),
