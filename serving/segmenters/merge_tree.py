@@ -12,6 +12,7 @@ Shape legend: h, w rows and columns of the working copy, S superpixels, M = 2 S 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -22,14 +23,17 @@ except ImportError as error:
 
 EDGE_WEIGHT = 3.0  # of the mean gradient along a border (0 to 1) beside the distance of colours (0 to 1)
 MEANS_SHARE = 0.5  # of the distance of mean colours in that of colours; histograms have the rest
-FARTHEST = 60.0  # distance of mean colours in Lab that counts as 1
+FARTHEST = 60.0  # distance of mean colours in Lab from which on it counts as 1
 SMALL_FIRST = 0.15  # power of the product of both areas, as shares of the image, in the cost of a merge
 ENCLOSED_FIRST = 0.5  # power of the share of the border in common
 BINS = (6, 6, 6)  # of colours, for L, a and b
 BANDWIDTH, ROUNDS = 7.0, 5  # of the models of colours beside and inside a box, in Lab; of their refinement
 COMPACTNESS = 10.0  # of superpixels
-LARGER = 1.3  # power of the area in the worth of a region
-INNER, FAINT = 1.0, 0.3  # what lowers contrast: a share of what is unlike inside, and a constant, so that faint borders do
+LARGER, LARGER_AROUND = 1.3, 0.6  # power of the area in the worth of a region, of everything and around points
+INNER, FAINT = (
+    1.0,
+    0.3,
+)  # what lowers contrast: a share of what is unlike inside, and a constant, so that faint borders do
 SIDES = 4  # of an image; a region that touches three of them surrounds others
 
 
@@ -72,7 +76,9 @@ class MergeTree:
         contrast = outer / (outer + INNER * inner + FAINT)
         contrast[-1] = 0.0
         edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-        sides = sum((members[:, np.unique(edge)].any(axis=1).astype(int) for edge in edges), np.zeros(len(members), int))
+        sides = sum(
+            (members[:, np.unique(edge)].any(axis=1).astype(int) for edge in edges), np.zeros(len(members), int)
+        )
         return cls(labels, merges.colours, members, merges.children, members @ merges.areas, contrast, sides)
 
     def mask(self, members_S: np.ndarray) -> np.ndarray:
@@ -107,7 +113,7 @@ class MergeTree:
         candidates = np.flatnonzero(small if small.any() else holds)
         if not candidates.size:
             return None
-        worth = self.contrast_M[candidates] * self.areas_M[candidates] ** 0.25
+        worth = self.contrast_M[candidates] * self.areas_M[candidates] ** LARGER_AROUND
         return int(candidates[worth.argmax()])
 
     def unlike_ring(self, inner_hw: np.ndarray, ring_hw: np.ndarray) -> np.ndarray:
@@ -135,12 +141,12 @@ class MergeTree:
         return chosen
 
     def contrast_of(self, members_S: np.ndarray) -> float:
-        """Distance of the mean colour of superpixels from that of the others, in [0, 1] (1 from 50 in Lab on)."""
+        """Distance of the mean colour of superpixels from that of the others, in [0, 1]."""
         if members_S.all() or not members_S.any():
             return 0.0
         sizes = np.bincount(self.labels_hw.ravel(), minlength=len(members_S))
         means = [np.average(self.colours_S3[part], axis=0, weights=sizes[part]) for part in (members_S, ~members_S)]
-        return float(min(1.0, np.linalg.norm(means[0] - means[1]) / 50))
+        return min(1.0, float(np.linalg.norm(means[0] - means[1])) / FARTHEST)
 
 
 class _Merges:
