@@ -41,5 +41,5 @@ def traced(mask: dict[str, Any], box: tuple[int, int, int, int]) -> tuple[str, t
             corners = (placed(row, column) for row, column in points[:-1])
             parts.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners) + "Z")
     depth = distance_transform_edt(padded >= 0.5)
-    deepest = np.unravel_index(int(np.argmax(depth)), depth.shape) if depth.any() else (height / 2, width / 2)
-    return "".join(parts) or f"M{x0} {y0}H{x1}V{y1}H{x0}Z", placed(float(deepest[0]), float(deepest[1]))
+    deepest = divmod(int(depth.argmax()), depth.shape[1]) if depth.any() else (height // 2 + 1, width // 2 + 1)
+    return "".join(parts) or f"M{x0} {y0}H{x1}V{y1}H{x0}Z", placed(*deepest)

@@ -56,10 +56,10 @@ def build_app(actions: Actions, base: dict[str, Any]) -> gr.Blocks:
             code = gr.Code(language="python", label="What made the last captions", interactive=False)
         _wire(bench, code, controls, base, actions, sessions)
 
-        @app.unload
         def leave(request: gr.Request) -> None:
-            sessions.forget(request.session_hash)
+            sessions.forget(request.session_hash or "")
 
+        app.unload(leave)
     return app
 
 
@@ -144,7 +144,7 @@ def _wire(
         """An event without controls."""
 
         def handle(request: gr.Request, data: gr.EventData) -> Iterator[Any]:
-            yield from run(sessions.of(request.session_hash), data._data or {})
+            yield from run(sessions.of(request.session_hash or ""), data._data or {})
 
         getattr(bench, event)(handle, None, bench, **quiet)
 
@@ -152,7 +152,7 @@ def _wire(
         """An event that runs the model with the controls' settings; the code follows."""
 
         def handle(request: gr.Request, data: gr.EventData, *values: Any) -> Iterator[Any]:
-            session = sessions.of(request.session_hash)
+            session = sessions.of(request.session_hash or "")
             for view in run(session, data._data or {}, settings_of(base, *values)):
                 yield view, gr.skip()
             yield view, python_code(session) if session.captioned else ""
@@ -174,7 +174,7 @@ def _wire(
     on("bench_export", lambda session, data: actions.export(session, data.get("kind")))
 
     def stop(request: gr.Request) -> None:
-        sessions.of(request.session_hash).stop()
+        sessions.of(request.session_hash or "").stop()
 
     bench.bench_stop(stop, None, None, **quiet)
 
