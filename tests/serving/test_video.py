@@ -195,15 +195,25 @@ def inputs_of(pipe, scene, **keywords):
     return pipe.processor(images=scene.image, masks=[item.mask for item in scene.objects], **keywords)
 
 
-def test_a_confirmed_draft_saves_passes_and_a_blank_one_changes_nothing(drawn):
-    scene = draw_scene(500, 3)
-    plain = drawn.model.generate(**inputs_of(drawn, scene), preset="fast")
-    again = drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=plain.sequences)
-    assert again.num_forward_passes < plain.num_forward_passes
-    same = (again.sequences == plain.sequences).all(dim=1)
-    assert same.float().mean() >= 0.5
+def test_confirmed_drafts_save_passes(drawn):
+    """Over a few scenes, since an easy one takes few passes in any case."""
+    passes, same = {"masks": 0, "draft": 0}, []
+    for index in range(4):
+        inputs = inputs_of(drawn, draw_scene(500, index))
+        plain = drawn.model.generate(**inputs, preset="fast")
+        again = drawn.model.generate(**inputs, preset="fast", draft=plain.sequences)
+        passes["masks"] += plain.num_forward_passes
+        passes["draft"] += again.num_forward_passes
+        same += (again.sequences == plain.sequences).all(dim=1).tolist()
+    assert passes["draft"] < passes["masks"]
+    assert np.mean(same) >= 0.5
+
+
+def test_a_draft_of_mask_tokens_changes_nothing(drawn):
+    inputs = inputs_of(drawn, draw_scene(500, 3))
+    plain = drawn.model.generate(**inputs, preset="fast")
     blank = torch.full_like(plain.sequences, drawn.model.config.mask_token_id)
-    nothing = drawn.model.generate(**inputs_of(drawn, scene), preset="fast", draft=blank)
+    nothing = drawn.model.generate(**inputs, preset="fast", draft=blank)
     assert torch.equal(nothing.sequences, plain.sequences)
     assert nothing.num_forward_passes == plain.num_forward_passes + 2
 
