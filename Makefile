@@ -1,4 +1,5 @@
 # make demo      caption the regions of a sample image with the embedded model
+# make app       a page in the browser: mark regions, see their captions appear
 # make test      the whole test suite
 # make lint      formatting, lint and types
 # make peers     transformers' own common tests on this project's classes (fetches its source distribution)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CPUS = $(shell $(BIN)/python -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test lint peers miniature default drawn clean
+.PHONY: demo app test lint peers miniature default drawn clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/perceptiondlm caption examples/photo.jpg --masks examples/photo_masks.json --out outputs/demo_photo.png --json outputs/demo_photo.json --overwrite
 	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --model drawn/model --out outputs/demo.png --json outputs/demo.json --overwrite
+
+app: $(INSTALLED)
+	$(BIN)/perceptiondlm app
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
