@@ -1,0 +1,1 @@
+"""The doors people reach for: prompts to regions, annotation, server, app, video, answers per attribute."""
