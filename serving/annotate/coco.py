@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,22 +62,22 @@ class CocoFile:
 
     def regions_of_name(self, name: str, form: str = "masks") -> dict[str, Any]:
         """The same for an image by its path: the entry whose name ends it, or the only one of its base name."""
-        whole, last = self._by_name()
+        whole, last = self._by_name
         numbers = next((whole[end] for end in ends_of(name) if end in whole), None)
         numbers = numbers or last.get(PurePosixPath(name).name, [])
         if len(numbers) != 1:
             return {"error": f"{self.path} has {len(numbers)} images named {name}; accepted: one"}
         return self.regions_of_id(numbers[0], form)
 
+    @cached_property
     def _by_name(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        if not hasattr(self, "_names"):
-            whole: dict[str, list[Any]] = defaultdict(list)
-            last: dict[str, list[Any]] = defaultdict(list)
-            for number, name in self.images.items():
-                whole[name].append(number)
-                last[PurePosixPath(name).name].append(number)
-            self._names = whole, last
-        return self._names
+        """Images by their whole names and by the last parts of those."""
+        whole: dict[str, list[Any]] = defaultdict(list)
+        last: dict[str, list[Any]] = defaultdict(list)
+        for number, name in self.images.items():
+            whole[name].append(number)
+            last[PurePosixPath(name).name].append(number)
+        return whole, last
 
 
 def items_of_coco(job: AnnotationJob) -> Iterator[dict[str, Any]]:

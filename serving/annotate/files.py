@@ -71,7 +71,10 @@ def items_beside(pictures: list[tuple[str, Path]], folder: Path, form: str) -> I
         files = files_named_like(PurePosixPath(name), folder, form, own)
         found += bool(files)
         missing = {"error": f"{path}: {folder} holds no region file named like it"}
-        waiting.append({"id": name, "image": str(path)} | ({"files": [str(file) for file in files]} if files else missing))
+        listed: dict[str, Any] = {"files": [str(file) for file in files]}
+        if len(files) > 1:
+            listed["keys"] = [file.stem for file in files]
+        waiting.append({"id": name, "image": str(path)} | (listed if files else missing))
     if not found:
         first = PurePosixPath(pictures[0][0]).with_suffix("")
         raise ValueError(

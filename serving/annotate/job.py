@@ -9,6 +9,7 @@ from typing import Any
 
 FORMS = ("masks", "boxes", "label_map")
 BOX_FORMATS = ("xyxy", "xywh")
+HOW = ("out", "device", "regions_per_batch", "images_per_part")  # fields that say how it is done, not what
 WITHOUT_MODEL = (None, "none", "classical")  # segmenters that readers run; others need a device
 
 
@@ -113,7 +114,7 @@ class AnnotationJob:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what comes out, as JSON keeps it."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ("out", "device")}
+        kept = {name: value for name, value in asdict(self).items() if name not in HOW}
         return json.loads(json.dumps(kept))
 
     def fingerprint(self) -> str:
