@@ -1,121 +1,211 @@
-"""Pictures for people: an image with its regions tinted, outlined and numbered, the captions beside it."""
+"""Pictures for people: an image with its regions tinted, outlined and numbered, captions beside it or next to them.
+
+Sizes follow the picture: letters, lines and badges grow with its longer side, and small pictures are enlarged, so that
+300 pixels and 4,000 pixels both read well. Colours are told apart by people with every kind of colour blindness, and
+numbers say the same again. Letters are Pillow's own font, which has Latin ones alone.
+
+Shape legend: H, W rows and columns of the picture, h, w of a region's box.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+
+from perceptiondlm.common.label_places import Occupied, best_place
+from perceptiondlm.common.palette import color_of
+from perceptiondlm.common.text_blocks import TextBlock, badge, badge_side, legend
 
 
-PALETTE = (
-    (230, 57, 70),
-    (29, 120, 216),
-    (42, 157, 83),
-    (244, 140, 6),
-    (131, 56, 196),
-    (0, 150, 160),
-    (214, 51, 132),
-    (120, 94, 60),
-)
-MIN_SIDE = 480  # small images are enlarged to this, in pixels
+PLACES = ("beside", "inside")
+LEAST_SIDE = 480  # shorter side that pictures with captions are enlarged to, in pixels
+LEAST_LETTERS, LETTERS = 14, 44  # pixels; parts of the longer side
+TINT = 0.25  # of a region's colour inside it
+BADGE_SHARE = 0.12  # of a region that its number may cover; smaller regions get it beside them
+MOST_LINES = 5  # of a caption inside the picture; the rest becomes "…"
 
 
-def annotate(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Draw regions and captions.
+@dataclass(frozen=True)
+class Mark:
+    """A region on the canvas.
+
+    Attributes:
+        box: x0, y0, x1, y1 of its pixels, half-open.
+        mask_hw: its pixels inside the box, bool.
+        color: of its outline and badge.
+        number: 1 for the first region.
+    """
+
+    box: tuple[int, int, int, int]
+    mask_hw: np.ndarray
+    color: tuple[int, int, int]
+    number: int
+
+
+def draw_regions(
+    image: Image.Image, regions: Sequence[Any] | np.ndarray, captions: Sequence[str] | None = None,
+    place: str = "beside", numbers: Sequence[int] | None = None,
+) -> Image.Image:  # fmt: skip
+    """Draw regions, numbered from 1, and their captions.
 
     Args:
         image: RGB.
-        masks: (N, H, W) bool, at the image's size.
-        captions: N texts.
+        regions: masks (N, H, W) bool at the image's size, a list of such masks (H, W), of COCO RLEs, or of objects
+            that hold one as `.mask`; none empty.
+        captions: N texts; None draws no text, and the picture keeps its size.
+        place: of the captions: `"beside"` the image, in a panel, or `"inside"`, next to each region, on none if there
+            is room.
+        numbers: instead of 1 to N, which also choose the colours.
+
     Returns:
-        RGB picture: the image with numbered regions, and a legend on its right.
+        RGB picture: the image, enlarged if small and captioned, with marks and captions.
+
+    Raises:
+        ValueError: for masks that are empty or of another size, and other numbers of captions than of regions.
     """
-    if len(masks) != len(captions):
-        raise ValueError(f"{len(masks)} masks need {len(masks)} captions, got {len(captions)}")
-    scale = max(1.0, MIN_SIDE / min(image.size))
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {PLACES}, got {place!r}")
+    for name, given in {"captions": captions, "numbers": numbers}.items():
+        if given is not None and len(given) != len(regions):
+            raise ValueError(f"{len(regions)} masks need {len(regions)} {name}, got {len(given)}")
+    scale = 1.0 if captions is None else max(1.0, LEAST_SIDE / min(image.size))
     size = (round(image.width * scale), round(image.height * scale))
-    large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    picture = number_regions(image.resize(size, Image.Resampling.LANCZOS), large)
-    return _beside(picture, _legend(captions, picture.height, _font(picture)))
-
-
-def number_regions(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """The image with its regions tinted, outlined and numbered from 1.
-
-    Args:
-        image: RGB.
-        masks: N masks (H, W) bool, at the image's size, none empty.
-    """
-    canvas = np.array(image, dtype=np.float32)
-    places = []
-    for index, mask in enumerate(masks):
-        color = np.array(PALETTE[index % len(PALETTE)], np.float32)
-        canvas[mask] = 0.75 * canvas[mask] + 0.25 * color
-        canvas[_outline(mask, max(1, min(image.size) // 240))] = color
-        places.append(_center(mask))
-    picture = Image.fromarray(canvas.round().astype(np.uint8))
-    font, draw = _font(picture), ImageDraw.Draw(picture)
-    for index, place in enumerate(places):
-        _badge(draw, place, str(index + 1), PALETTE[index % len(PALETTE)], font)
+    numbers = range(1, len(regions) + 1) if numbers is None else numbers
+    masks = [_mask(region, image.size, size, f"regions[{index}]") for index, region in enumerate(regions)]
+    marks = [_mark(mask_HW, number) for mask_HW, number in zip(masks, numbers, strict=True)]
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    font = ImageFont.load_default(size=letter_size(size))
+    picture = _painted(image, marks)
+    occupied = Occupied.of((size[1], size[0]), [(mark.box, mark.mask_hw) for mark in marks])
+    if captions is None or place == "beside":
+        _number(picture, marks, occupied, font)
+        return picture if captions is None else legend(picture, _blocks(marks, captions), font)
+    _label(picture, marks, occupied, captions, font)
     return picture
 
 
-def _font(picture: Image.Image):
-    return ImageFont.load_default(size=max(14, min(picture.size) // 32))
+def letter_size(size: tuple[int, int]) -> int:
+    """Height of the letters of a picture (width, height), in pixels."""
+    return max(LEAST_LETTERS, max(size) // LETTERS)
 
 
-def _outline(mask: np.ndarray, width: int) -> np.ndarray:
-    """Pixels of a mask within `width` of its border."""
-    inner = np.pad(mask, width)
+def _mask(region: Any, given: tuple[int, int], wanted: tuple[int, int], name: str) -> np.ndarray:
+    """A region's pixels, bool (H, W), brought from the image's size to the picture's, (width, height) both."""
+    region = getattr(region, "mask", region)
+    mask_HW = coco_mask.decode(_packed(region)) if isinstance(region, dict) else np.asarray(region)
+    if mask_HW.shape != (given[1], given[0]):
+        raise ValueError(f"{name} is {' x '.join(map(str, mask_HW.shape))}; accepted: {given[1]} x {given[0]}")
+    if not mask_HW.any():
+        raise ValueError(f"{name} is empty (0 pixels set); accepted: at least 1 pixel")
+    mask_HW = mask_HW.astype(bool)
+    if given == wanted:
+        return mask_HW
+    return np.asarray(Image.fromarray(mask_HW).resize(wanted, Image.Resampling.NEAREST))
+
+
+def _mark(mask_HW: np.ndarray, number: int) -> Mark:
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    x0, x1, y0, y1 = int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
+    return Mark((x0, y0, x1, y1), mask_HW[y0:y1, x0:x1], color_of(number - 1), number)
+
+
+def _packed(rle: dict[str, Any]) -> dict[str, Any]:
+    """A COCO RLE in the form that pycocotools decodes."""
+    if isinstance(rle["counts"], (list, tuple)):
+        return coco_mask.frPyObjects(rle, *rle["size"])
+    return rle
+
+
+def _painted(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """The image with tints and outlines; an outline has a thin pale line around it, to stand out from anything."""
+    canvas = np.array(image)
+    width = max(2, max(image.size) // 320)
+    for mark in marks:
+        x0, y0, x1, y1 = mark.box
+        part = canvas[y0:y1, x0:x1]
+        part[mark.mask_hw] = ((1 - TINT) * part[mark.mask_hw] + TINT * np.array(mark.color)).round().astype(np.uint8)
+    for mark in marks:
+        halo = max(1, width // 3)
+        grown, (x0, y0, x1, y1) = _grown(mark, halo, canvas.shape)
+        inner = _shrunk(grown, halo)
+        part = canvas[y0:y1, x0:x1]
+        part[grown & ~inner] = (part[grown & ~inner] * 0.3 + 255 * 0.7).astype(np.uint8)
+        part[inner & ~_shrunk(inner, width)] = mark.color
+    return Image.fromarray(canvas)
+
+
+def _grown(mark: Mark, width: int, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A mask grown by `width` pixels, and its box, both within the picture."""
+    x0, y0, x1, y1 = mark.box
+    grown = ~_shrunk(~np.pad(mark.mask_hw, width), width, outside=True)
+    left, top = min(width, x0), min(width, y0)
+    right, bottom = min(width, shape[1] - x1), min(width, shape[0] - y1)
+    rows = slice(width - top, grown.shape[0] - width + bottom)
+    columns = slice(width - left, grown.shape[1] - width + right)
+    return grown[rows, columns], (x0 - left, y0 - top, x1 + right, y1 + bottom)
+
+
+def _shrunk(mask: np.ndarray, width: int, outside: bool = False) -> np.ndarray:
+    """The pixels of a mask at least `width` pixels from its border; `outside` says what lies beyond the array."""
+    padded = np.pad(mask, width, constant_values=outside)
     shrunk = mask.copy()
-    for dy, dx in ((-width, 0), (width, 0), (0, -width), (0, width)):
-        shrunk &= inner[width + dy : width + dy + mask.shape[0], width + dx : width + dx + mask.shape[1]]
-    return mask & ~shrunk
+    diagonal = round(0.7 * width)
+    steps = [(-width, 0), (width, 0), (0, -width), (0, width)]
+    steps += [(dy, dx) for dy in (-diagonal, diagonal) for dx in (-diagonal, diagonal)]
+    for dy, dx in steps:
+        shrunk &= padded[width + dy : width + dy + mask.shape[0], width + dx : width + dx + mask.shape[1]]
+    return shrunk
 
 
-def _center(mask: np.ndarray) -> tuple[int, int]:
+def _center(mark: Mark) -> tuple[int, int]:
     """The mask pixel closest to its centroid, (x, y)."""
-    ys, xs = np.nonzero(mask)
+    ys, xs = np.nonzero(mark.mask_hw)
     nearest = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
-    return int(xs[nearest]), int(ys[nearest])
+    return int(xs[nearest]) + mark.box[0], int(ys[nearest]) + mark.box[1]
 
 
-def _badge(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color, font) -> None:
-    radius = font.size * 0.8
-    x, y = place
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline="white", width=2)
-    draw.text((x, y), text, fill="white", font=font, anchor="mm")
-
-
-def _legend(captions: Sequence[str], height: int, font) -> Image.Image:
-    """A white panel with every caption, wrapped, behind its number; at least `height` tall."""
-    width, margin, line = int(font.size * 24), font.size, int(font.size * 1.35)
-    wrapped = [_wrap(caption or "(no caption)", font, width - 4 * margin) for caption in captions]
-    needed = sum(len(lines) * line + margin for lines in wrapped) + margin
-    panel = Image.new("RGB", (width, max(height, int(needed))), "white")
-    draw = ImageDraw.Draw(panel)
-    y = margin
-    for index, lines in enumerate(wrapped):
-        _badge(draw, (int(1.5 * margin), int(y + line / 2)), str(index + 1), PALETTE[index % len(PALETTE)], font)
-        for text in lines:
-            draw.text((3 * margin, y), text, fill=(30, 30, 30), font=font)
-            y += line
-        y += margin
-    return panel
-
-
-def _wrap(text: str, font, width: float) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
+def _number(picture: Image.Image, marks: Sequence[Mark], occupied: Occupied, font) -> None:
+    """A badge per region: on large ones, beside small ones, where it hides no other."""
+    draw = ImageDraw.Draw(picture)
+    for mark in sorted(marks, key=lambda mark: mark.mask_hw.sum()):
+        side = round(badge_side(str(mark.number), font))
+        center = _center(mark)
+        if side * side <= BADGE_SHARE * mark.mask_hw.sum():
+            corner = (center[0] - side // 2, center[1] - side // 2)
         else:
-            lines[-1] = longer
-    return lines
+            corner = best_place(occupied, (side, side), mark.box)
+            _lead(draw, corner, (side, side), mark, center)
+        occupied.take((*corner, corner[0] + side, corner[1] + side))
+        badge(draw, (corner[0] + side / 2, corner[1] + side / 2), str(mark.number), mark.color, font)
 
 
-def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    picture = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
-    picture.paste(left, (0, 0))
-    picture.paste(right, (left.width, 0))
-    return picture
+def _lead(draw, corner: tuple[int, int], size: tuple[int, int], mark: Mark, center: tuple[int, int]) -> None:
+    """A line from the nearest point of a label to its region."""
+    end = tuple(min(max(c, k), k + s) for c, k, s in zip(center, corner, size, strict=True))
+    width = max(2, min(size) // 10)
+    draw.line((*end, *center), fill="white", width=width + 2)
+    draw.line((*end, *center), fill=mark.color, width=width)
+
+
+def _blocks(marks: Sequence[Mark], captions: Sequence[str]) -> list[TextBlock]:
+    return [TextBlock(str(m.number), m.color, text or "(no caption)") for m, text in zip(marks, captions, strict=True)]
+
+
+def _label(picture: Image.Image, marks: Sequence[Mark], occupied: Occupied, captions: Sequence[str], font) -> None:
+    """A caption per region on the picture, small regions first, since they have least room around them."""
+    draw = ImageDraw.Draw(picture, "RGBA")
+    pairs = sorted(zip(marks, _blocks(marks, captions), strict=True), key=lambda pair: pair[0].mask_hw.sum())
+    width = min(picture.width - 2, max(10 * font.size, picture.width // 4))
+    for mark, block in pairs:
+        lines = block.wrapped(font, width, MOST_LINES)
+        size = block.size(lines, font)
+        corner = best_place(occupied, size, mark.box)
+        _lead(draw, corner, size, mark, _center(mark))
+        block.draw(draw, corner, lines, font)
+        occupied.take((*corner, corner[0] + size[0], corner[1] + size[1]))

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.common.json_files import read_json
 from perceptiondlm.regions_perceptiondlm import region_masks
 from perceptiondlm.scripts.caption_jobs import Job
@@ -115,7 +115,7 @@ def draw(job: Job, captions: list[dict]) -> None:
     assert job.target is not None and job.image is not None  # noqa: PT018 - placed, and read before it was captioned
     size, texts = (job.image.height, job.image.width), [region["caption"] for region in captions]
     regions = {job.form: job.regions, "resize_masks": job.options.resize_masks}
-    picture = annotate(job.image, region_masks(size, **regions), texts)
+    picture = draw_regions(job.image, region_masks(size, **regions), texts)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     notes = PngInfo()
     notes.add_text(REQUEST, job.request)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.evaluation.drawn_conversations import evaluate_conversations
 from perceptiondlm.evaluation.drawn_scenes import evaluate_scenes
 from perceptiondlm.images_perceptiondlm import load_image
@@ -123,7 +123,7 @@ class HeldOutEvaluation(TrainerCallback):
             scores += [word_f1(given, wanted) for given, wanted in zip(captions, sample["captions"], strict=True)]
             if index < self.settings.pictures and self.trainer.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
-                annotate(image, masks, captions).save(Path(folder, f"step-{step:06d}-{index}.png"))
+                draw_regions(image, masks, captions).save(Path(folder, f"step-{step:06d}-{index}.png"))
         return {"held_out_words": round(100 * sum(scores) / len(scores), 2)} if scored and scores else {}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageOps
 
-from perceptiondlm.common.drawing import PALETTE, number_regions
+from perceptiondlm.common.drawing import draw_regions
+from perceptiondlm.common.palette import color_of
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.evaluation.photos.scoring import RegionResult
 
@@ -68,7 +69,7 @@ def _images(results: Sequence[RegionResult], pictures: Sequence[NamedPicture]) -
             "credit": picture.credit,
             "picture": _data_url(picture),
             "regions": [
-                {"number": number, "color": f"#{bytes(PALETTE[(number - 1) % len(PALETTE)]).hex()}", "result": one}
+                {"number": number, "color": f"#{bytes(color_of(number - 1)).hex()}", "result": one}
                 for number, one in enumerate(regions, start=1)
             ],
         }
@@ -80,5 +81,5 @@ def _data_url(picture: NamedPicture) -> str:
     masks, small = picture.masks((image.height, image.width)), ImageOps.contain(image, (PICTURE_SIDE, PICTURE_SIDE))
     shares = [np.asarray(Image.fromarray(m.astype(np.float32)).resize(small.size, Image.Resampling.BOX)) for m in masks]
     buffer = io.BytesIO()
-    number_regions(small, [share >= min(0.5, share.max()) for share in shares]).save(buffer, "JPEG", quality=82)
+    draw_regions(small, [share >= min(0.5, share.max()) for share in shares]).save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -16,7 +16,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageOps
 
-from perceptiondlm.common.drawing import PALETTE, number_regions
+from perceptiondlm.common.drawing import draw_regions
+from perceptiondlm.common.palette import color_of
 from perceptiondlm.evaluation.benchmarks import Benchmark, BenchmarkImage
 from perceptiondlm.evaluation.reports.paper_tables import cell_text, markdown_table, paper_table
 from perceptiondlm.evaluation.reports.results import HEADLINE, TABLE_2, Results, beside_table_2
@@ -125,7 +126,7 @@ def _picture(image: BenchmarkImage, shown: set[str]) -> str:
     picture = ImageOps.contain(image.open(), (PICTURE_SIDE, PICTURE_SIDE))
     masks = [_resized(region.mask(), picture.size) for region in image.regions if region.region_id in shown]
     buffer = io.BytesIO()
-    number_regions(picture, masks).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    draw_regions(picture, masks).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -136,7 +137,7 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _color(number: int) -> str:
-    return f"#{bytes(PALETTE[(number - 1) % len(PALETTE)]).hex()}"
+    return f"#{bytes(color_of(number - 1)).hex()}"
 
 
 def _signed(score: float) -> str:

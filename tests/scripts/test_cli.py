@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.scripts.cli import main
 
@@ -208,10 +208,10 @@ def test_evaluate_prints_and_writes_the_same_scores(tmp_path, capsys):
 def test_annotated_picture_marks_the_region_and_nothing_else():
     mask = np.zeros((1, 480, 480), bool)
     mask[0, 100:200, 100:200] = True
-    picture = np.asarray(annotate(Image.new("RGB", (480, 480), "white"), mask, ["a square"]))
+    picture = np.asarray(draw_regions(Image.new("RGB", (480, 480), "white"), mask, ["a square"]))
     changed = (picture[:, :480] != 255).any(-1)
     assert changed[100:200, 100:200].mean() > 0.9
     assert not changed[:90].any()
     assert (picture[:, 480:] != 255).any()  # the legend
     with pytest.raises(ValueError, match="1 masks need 1 captions, got 2"):
-        annotate(Image.new("RGB", (480, 480)), mask, ["a", "b"])
+        draw_regions(Image.new("RGB", (480, 480)), mask, ["a", "b"])
