@@ -10,6 +10,7 @@ from perceptiondlm.evaluation.judges.errors import JudgeError
 # Name: module in this folder, summary.
 COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("caption", "caption regions of images"),
+    "annotate": ("annotate", "caption the regions of whole collections, on one machine or a Ray cluster"),
     "convert": ("convert", "convert published checkpoints, and back"),
     "evaluate": ("evaluate", "score a model, or captions from elsewhere, on a benchmark"),
     "compare": ("compare", "results of several systems or judges side by side"),

@@ -2,7 +2,7 @@
 
 `REGION_SCHEMA` is what `perceptiondlm annotate` writes as parquet, a row per region:
 
-    id                 string       the image's id, "/", the region's number or its id in the source; unique in a data set
+    id                 string       the image's id, "/", the region's number or its id in the source; unique
     image_id           string       the image's id: its path below the source, or the row's place or id
     image              string       where the image is: path, URL, or place in a table or shard
     width, height      int32        of the image in pixels
@@ -17,7 +17,7 @@
     model              string       name of the model
     settings           string       JSON object of the settings that were given
 
-`IMAGE_SCHEMA` has a row per image that was read, also of those without regions.
+`IMAGE_SCHEMA` has a row per image that was read, also of those without regions, with the part of the run it was in.
 """
 
 import json
@@ -61,6 +61,7 @@ IMAGE_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("regions", pa.int32()),
+        ("part", pa.int32()),
     ]
 )
 
@@ -128,5 +129,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a parquet file, or of a folder that `perceptiondlm annotate` wrote."""
     files = sorted((path / "data").glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"{path} holds no data/*.parquet; accepted: a finished output of perceptiondlm annotate")
+        raise FileNotFoundError(
+            f"{path} holds no data/*.parquet; accepted: a finished output of perceptiondlm annotate"
+        )
     return [row for file in files for row in pq.read_table(file, schema=REGION_SCHEMA).to_pylist()]

@@ -70,7 +70,7 @@ class Captioner:
             found = zip(image.keys, image.found, answers.get(place, []), strict=True)
             rows = [region_record(image.record, *one, self.job.model_name, self.job.shown_settings) for one in found]
             records += rows
-            read.append({**image.record, "regions": len(rows)})
+            read.append({**image.record, "regions": len(rows), "part": part.number})
         return PartResult(part.number, records, read, [entry for place in failures for entry in failures[place]])
 
     def _found(self, image: PreparedImage) -> PreparedImage:

@@ -90,7 +90,7 @@ def items_of_coco(job: AnnotationJob) -> Iterator[dict[str, Any]]:
     names = list(coco.images.values())
     if names and not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(
-            f"none of the {len(names)} pictures of {path} ({few(names)}) lies in {folder}; name their folder by --images"
+            f"none of the {len(names)} pictures of {path} ({few(names)}) lies in {folder}: name their folder, --images"
         )
     own = job.regions.where == "source"
     if not own and job.regions.where != "segmenter":

@@ -1,4 +1,4 @@
-"""The two ways to run a plan: in this process with threads that read ahead, or on Ray Data. Same reader, same captioner.
+"""The two ways to run a plan: in this process with threads that read ahead, or on Ray Data; one reader and captioner.
 
 On Ray Data, reading and measuring are CPU tasks, and captioning is a class on a pool of actors, each with its own model
 and, where there are any, its own GPU. Rows of the data set are parts: their numbers go in, their counts come out, and
@@ -119,7 +119,7 @@ def run_on_ray(job: AnnotationJob, numbers: Sequence[int], progress: Progress, e
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address=engine.address, log_to_driver=False, include_dashboard=False if engine.address is None else None)
+        ray.init(address=engine.address or "local", log_to_driver=False, include_dashboard=False)
     try:
         _run_on_cluster(job, numbers, progress, engine, ray)
     finally:
@@ -136,7 +136,7 @@ def _run_on_cluster(job: AnnotationJob, numbers: Sequence[int], progress: Progre
     free = resources.get("CPU", 0) - actors * engine.cpus_per_actor
     if free < READING_CPUS:
         raise ValueError(
-            f"{actors} actors of {engine.cpus_per_actor} CPUs leave {free:g} of {resources.get('CPU', 0):g} for reading; "
+            f"{actors} actors of {engine.cpus_per_actor} CPUs leave {free:g} of {resources.get('CPU', 0):g} for reading: "
             "lower --actors or --cpus-per-actor"
         )
     if actors * gpus > resources.get("GPU", 0):

@@ -1,9 +1,9 @@
 """A finished run in the formats that people load next: COCO, FiftyOne, CVAT, Label Studio. Written image by image.
 
-    OUT/exports/coco.json                 COCO with a "caption" and a "score" in every annotation
-    OUT/exports/fiftyone/                 labels.json and data.json, a COCODetectionDataset
-    OUT/exports/cvat.xml                  "CVAT for images 1.1": masks with the attributes caption and score
-    OUT/exports/label_studio.json         tasks with pre-annotations: brushes, each with its caption
+OUT/exports/coco.json                 COCO with a "caption" and a "score" in every annotation
+OUT/exports/fiftyone/                 labels.json and data.json, a COCODetectionDataset
+OUT/exports/cvat.xml                  "CVAT for images 1.1": masks with the attributes caption and score
+OUT/exports/label_studio.json         tasks with pre-annotations: brushes, each with its caption
 """
 
 import json

@@ -54,7 +54,9 @@ def items_of_files(job: AnnotationJob) -> Iterator[dict[str, Any]]:
         return
     coco = CocoFile.read(place) if is_coco(place) else None
     if coco is None and len(pictures) > 1 and not is_about_many(place):
-        raise ValueError(f"{place} is about one image, {job.source} holds {len(pictures)}; accepted: one file about all")
+        raise ValueError(
+            f"{place} is about one image, {job.source} holds {len(pictures)}; accepted: one file about all"
+        )
     for name, path in pictures:
         item: dict[str, Any] = {"id": name, "image": str(path)}
         yield item | ({"files": [str(place)]} if coco is None else coco.regions_of_name(name))
@@ -78,8 +80,8 @@ def items_beside(pictures: list[tuple[str, Path]], folder: Path, form: str) -> I
     if not found:
         first = PurePosixPath(pictures[0][0]).with_suffix("")
         raise ValueError(
-            f"{folder} holds no region file of any picture; accepted: {folder}/{first}.json (.npy, .npz, .xml, .txt, or "
-            f"a picture), {folder}/{first}_masks.json, or mask pictures {folder}/{first}/*.png"
+            f"{folder} holds no region file of any picture; accepted: {folder}/{first}.json (.npy, .npz, .xml, .txt, "
+            f"or a picture), {folder}/{first}_masks.json, or mask pictures {folder}/{first}/*.png"
         )
     yield from waiting
 

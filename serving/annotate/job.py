@@ -39,7 +39,9 @@ class RegionChoice:
         if self.box_format not in BOX_FORMATS:
             raise ValueError(f"--box-format must be one of {BOX_FORMATS}, got {self.box_format!r}")
         if self.where == "segmenter" and self.segmenter in (None, "none"):
-            raise ValueError("regions are to be found, and no segmenter is named: --segmenter classical, or a model's id")
+            raise ValueError(
+                "regions are to be found, and no segmenter is named: --segmenter classical, or a model's id"
+            )
         if self.text is not None and self.where != "segmenter":
             raise ValueError("--text finds regions by itself: leave out --masks, --boxes and --label-maps")
 

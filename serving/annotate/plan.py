@@ -5,8 +5,8 @@
     OUT/parts/*.parquet    finished parts; each appears whole, by renaming, or not at all
     OUT/.lock              held while a run writes here
 
-A part's file is named by its number, so that whoever does it a second time writes the same file again. The folder may lie
-on storage that many machines share.
+A part's file is named by its number, so that whoever does it a second time writes the same file again. The folder may
+lie on storage that many machines share.
 """
 
 import json
@@ -116,8 +116,12 @@ def prepare_folder(job: AnnotationJob, overwrite: bool = False) -> Plan:
         clear(folder)
     if run_file.is_file():
         refuse_other(read_json(run_file), job)
-    elif strange := sorted(path.name for path in folder.iterdir() if path.name not in (*OWN, ".lock", "plan.jsonl.part")):
-        raise ValueError(f"{folder} holds other files ({', '.join(strange[:4])}): name an empty or new folder for --out")
+    elif strange := sorted(
+        path.name for path in folder.iterdir() if path.name not in (*OWN, ".lock", "plan.jsonl.part")
+    ):
+        raise ValueError(
+            f"{folder} holds other files ({', '.join(strange[:4])}): name an empty or new folder for --out"
+        )
     if not run_file.is_file():
         write_plan(job, folder)
     for stale in (folder / "parts").glob(".part-*"):
@@ -130,9 +134,9 @@ def write_plan(job: AnnotationJob, folder: Path) -> None:
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     part, images, parts = folder / "plan.jsonl.part", 0, 0
     with part.open("w", encoding="utf-8") as stream, tqdm(desc="plan", unit=" images", disable=None) as progress:
-        for parts, spec in enumerate(parts_of(job), start=1):
+        for spec in parts_of(job):
             stream.write(json.dumps(spec, ensure_ascii=False) + "\n")
-            images += spec["count"]
+            images, parts = images + spec["count"], parts + 1
             progress.update(spec["count"])
         stream.flush()
         os.fsync(stream.fileno())
@@ -153,8 +157,8 @@ def refuse_other(run: Any, job: AnnotationJob) -> None:
     now, before = job.identity(), run["job"]
     other = [f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in now if before.get(name) != now[name]]
     raise ValueError(
-        f"{job.folder} holds a run that was asked something else ({'; '.join(other)[:600]}): ask the same to continue it, "
-        "name a new folder, or --overwrite to begin anew"
+        f"{job.folder} holds a run that was asked something else ({'; '.join(other)[:600]}): ask the same to continue "
+        "it, name a new folder, or --overwrite to begin anew"
     )
 
 
@@ -196,7 +200,9 @@ def write_part(folder: Path, result: PartResult) -> None:
     """Write a part's file, at once."""
     parts = folder / "parts"
     if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"there is no {folder}/run.json here: --out must lie on storage that all machines share")
+        raise FileNotFoundError(
+            f"there is no {folder}/run.json here: --out must lie on storage that all machines share"
+        )
     table = region_table(result.records)
     said = json.dumps({"images": result.images, "failures": result.failures}, ensure_ascii=False)
     table = table.replace_schema_metadata({METADATA: said.encode()})

@@ -97,7 +97,9 @@ class PartReader:
                 prepared.found = self.given(loaded, picture, prepared)  # boxes for the segmenter
             else:
                 found = self.given(loaded, picture, prepared)
-                measure(prepared, segmented(self.job, self.segmenter, picture, found), picture, self.job, self.processor)
+                measure(
+                    prepared, segmented(self.job, self.segmenter, picture, found), picture, self.job, self.processor
+                )
         except BAD_SAMPLE as error:
             return PreparedImage(prepared.record, failures=[failure(loaded.id, loaded.name, error)])
         return prepared
@@ -143,7 +145,9 @@ def rings_of_one(value: list[Any], form: str) -> bool:
     """Whether a list of lists of numbers is the rings of one region, as the processor reads it."""
     if form != "masks":
         return False
-    return bool(value) and all(isinstance(item, list) and item and not isinstance(item[0], (list, dict)) for item in value)
+    return bool(value) and all(
+        isinstance(item, list) and item and not isinstance(item[0], (list, dict)) for item in value
+    )
 
 
 def segmented(job: AnnotationJob, segmenter: Any, picture: Image.Image, given: list[FoundRegion]) -> list[FoundRegion]:

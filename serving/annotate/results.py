@@ -41,7 +41,9 @@ class Totals:
     def sentence(self) -> str:
         """For people."""
         failed = f"; failed: {self.failed_images} images, {self.failed_regions} regions (failures.jsonl)"
-        return f"{self.regions} regions of {self.images} images" + (failed if self.failed_images + self.failed_regions else "")
+        return f"{self.regions} regions of {self.images} images" + (
+            failed if self.failed_images + self.failed_regions else ""
+        )
 
 
 class ParquetWriter:
@@ -181,7 +183,7 @@ tags:
 # Region captions
 
 {totals.sentence()}, of `{Path(job["source"]).name}`, by perceptiondlm annotate with the model
-`{job["model"] or "embedded"}` and the settings `{settings}`. The captions were written by a model and checked by nobody.
+`{job["model"] or "embedded"}` and the settings `{settings}`. A model wrote the captions; nobody has checked them.
 
 ```python
 from datasets import load_dataset

@@ -26,8 +26,8 @@ from perceptiondlm.serving.annotate.tables import (
 
 KINDS = ("files", "coco", "parquet", "shard", "hub")
 ACCEPTED = (
-    "a folder or glob of pictures, a COCO or LVIS .json, .parquet files, WebDataset .tar shards (a file, folder or glob "
-    "each), or a data set on the Hub (org/name)"
+    "a folder or glob of pictures, a COCO or LVIS .json, .parquet files, WebDataset .tar shards (a file, folder or "
+    "glob each), or a data set on the Hub (org/name)"
 )
 Items = Callable[[AnnotationJob], Iterator[dict[str, Any]]]
 ITEMS: dict[str, Items] = {"files": items_of_files, "coco": items_of_coco}

@@ -1,8 +1,9 @@
-"""Tables as sources: parquet files and data sets on the Hub, cut into runs of rows that are read when their turn comes."""
+"""Tables as sources: parquet files and data sets on the Hub, cut into runs of rows, each read when its turn comes."""
 
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -16,7 +17,11 @@ from perceptiondlm.serving.annotate.loaded import LoadedImage, from_row
 
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "image_path", "path")  # tried in this order where none is named
-REGION_COLUMNS = {"masks": ("masks", "mask_rles", "segmentation"), "boxes": ("boxes", "bboxes"), "label_map": ("label_map",)}
+REGION_COLUMNS = {
+    "masks": ("masks", "mask_rles", "segmentation"),
+    "boxes": ("boxes", "bboxes"),
+    "label_map": ("label_map",),
+}
 HUB = "hub:"
 
 
@@ -42,7 +47,7 @@ def chosen_columns(columns: list[str], job: AnnotationJob, where: str) -> dict[s
         ValueError: naming the columns that are there.
     """
     chosen = dict(job.columns)
-    candidates = {"image": IMAGE_COLUMNS}
+    candidates: dict[str, tuple[str, ...]] = {"image": IMAGE_COLUMNS}
     if job.regions.where == "column" and job.regions.name:
         chosen["regions"] = job.regions.name
     elif job.regions.where in ("source", "column"):
@@ -91,7 +96,14 @@ def parquet_parts(job: AnnotationJob) -> Iterator[dict[str, Any]]:
         start = 0
         for group, size in enumerate(sizes):
             for low, high in even_runs(size, job.images_per_part):
-                yield {"kind": "parquet", "file": file, "group": group, "skip": low, "start": start + low, "count": high - low}
+                yield {
+                    "kind": "parquet",
+                    "file": file,
+                    "group": group,
+                    "skip": low,
+                    "start": start + low,
+                    "count": high - low,
+                }
             start += size
 
 
@@ -118,7 +130,7 @@ def even_runs(size: int, most: int) -> list[tuple[int, int]]:
     """Half-open runs that make up `size`, none longer than `most`, as equal as they can be."""
     count = -(-size // most)
     edges = [size * number // count for number in range(count + 1)] if count else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def read_parquet(spec: dict[str, Any], job: AnnotationJob) -> Iterator[LoadedImage]:
