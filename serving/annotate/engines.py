@@ -24,7 +24,7 @@ from perceptiondlm.serving.annotate.reading import PartReader
 
 ENGINES = ("auto", "local", "ray")
 INSTALL = 'annotating on Ray needs ray: pip install "perceptiondlm[ray]"'
-READING_CPUS = 0.25  # of a reading task; below an actor's, so that Ray keeps the two apart
+READING_CPUS = 1.0  # of a reading task; other than an actor's, or Ray would make one step of the two
 MOST_BLOCKS = 2000  # of the list of parts
 
 
@@ -54,8 +54,8 @@ class Engine:
         for name, value in (("actors", self.actors), ("workers", self.workers)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.cpus_per_actor <= READING_CPUS or (self.gpus_per_actor or 0) < 0:
-            raise ValueError(f"--cpus-per-actor must be above {READING_CPUS} and --gpus-per-actor not negative")
+        if self.cpus_per_actor <= 0 or (self.gpus_per_actor or 0) < 0:
+            raise ValueError("--cpus-per-actor must be above 0, and --gpus-per-actor not negative")
         if self.name == "local" and (self.address or (self.actors or 1) > 1):
             raise ValueError("--address and several --actors need --engine ray")
         if self.wants_ray and importlib.util.find_spec("ray") is None:
@@ -136,8 +136,8 @@ def _run_on_cluster(job: AnnotationJob, numbers: Sequence[int], progress: Progre
     free = resources.get("CPU", 0) - actors * engine.cpus_per_actor
     if free < READING_CPUS:
         raise ValueError(
-            f"{actors} actors of {engine.cpus_per_actor} CPUs leave {free:g} of {resources.get('CPU', 0):g} for reading: "
-            "lower --actors or --cpus-per-actor"
+            f"{actors} actors of {engine.cpus_per_actor} CPUs leave {free:g} of {resources.get('CPU', 0):g} for "
+            "reading: lower --actors or --cpus-per-actor"
         )
     if actors * gpus > resources.get("GPU", 0):
         raise ValueError(f"{actors} actors of {gpus:g} GPUs need more than the cluster's {resources.get('GPU', 0):g}")
