@@ -79,8 +79,8 @@ class PerceptionDLMGenerationMixin:
     ) -> PerceptionDLMGenerationOutput | torch.Tensor:
         """Denoise the captions of all regions (or one answer per row without regions) in parallel.
 
-        Rows that hold groups of one image's regions run one after the other on one encoded image: peak memory is that
-        of the largest group.
+        Rows that hold groups of one sample's regions run one after the other on one encoded image: peak memory is that
+        of the largest group. Samples run together, also those that ask one image different questions.
 
         Args:
             input_ids: (B, L), and in `kwargs` the other tensors of [`PerceptionDLMProcessor`].
@@ -113,7 +113,7 @@ class PerceptionDLMGenerationMixin:
         order = caller_order(samples_A, region_order)
         # 3. denoise, round by round, step by step
         passes = 0
-        for chosen, last in inputs.rounds():
+        for chosen, last in inputs.rounds(None if sample_ids is None else sample_ids.tolist()):
             answers = torch.tensor([a for a, row in enumerate(row_A) if row in chosen], device=input_ids.device)
             part = canvas.rows(answers)
             denoiser = self._denoiser(inputs.rows(chosen), images, part, settings, use_cache, generator)

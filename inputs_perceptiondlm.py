@@ -124,17 +124,21 @@ class PromptInputs:
         counts = self.num_regions.clamp(min=1).tolist()
         return [row for row, count in enumerate(counts) for _ in range(count)]
 
-    def rounds(self) -> list[tuple[list[int], list[int]]]:
+    def rounds(self, samples: list[int] | None = None) -> list[tuple[list[int], list[int]]]:
         """Rows that run together, and the images that no later round needs.
 
-        Groups of one image's regions take their turns; rows with and without regions do not mix.
+        Groups of one sample's regions take their turns; different samples run together even where they show one image,
+        as several questions about it do. Rows with and without regions do not mix.
+
+        Args:
+            samples: the sample of each row; by default rows that show the same image are of one sample.
         """
         turns: Counter = Counter()
         rounds: dict[tuple[bool, int], list[int]] = {}
         for row, (count, images) in enumerate(zip(self.num_regions.tolist(), self.shown_images, strict=True)):
-            key = (count > 0, turns[images[0]] if count else 0)
-            turns[images[0] if images else None] += count > 0
-            rounds.setdefault(key, []).append(row)
+            sample = samples[row] if samples is not None else images[0] if images else None
+            rounds.setdefault((count > 0, turns[sample] if count else 0), []).append(row)
+            turns[sample] += count > 0
         ordered = list(rounds.values())
         last = {image: turn for turn, rows in enumerate(ordered) for row in rows for image in self.shown_images[row]}
         return [(rows, [i for i, turn in last.items() if turn == number]) for number, rows in enumerate(ordered)]

@@ -21,11 +21,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .images_perceptiondlm import is_encoded, is_picture_source, load_image
 from .samples_perceptiondlm import BAD_SAMPLE, ahead_of, checked_count, each, named
+from .segmenting_perceptiondlm import Finding
 
 
 TASK = "region-captioning"
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
-SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
+SAMPLE_KEYS = ("image", "text", "point_labels", *REGION_FORMS)
+FOUND_FROM = ("boxes", "points")  # forms that a segmenter makes regions of
 PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks")
 ON_ERROR = ("raise", "skip")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -41,6 +43,7 @@ class PreparedSample:
     text: Any = None
     encoded_image: Any = None
     passes: list[dict] = field(default_factory=list)
+    found: list[Any] | None = None  # what a segmenter found
     error: Exception | None = None
 
 
@@ -63,8 +66,8 @@ class RegionCaptioningPipeline(Pipeline):
     _pipeline_calls_generate = False  # the settings are those of our own generation config
 
     def __call__(
-        self, images: Any, text=None, masks=None, boxes=None, label_map=None, points=None, batch_size=None,
-        num_workers=None, on_error="raise", **kwargs,
+        self, images: Any, text=None, masks=None, boxes=None, label_map=None, points=None, point_labels=None,
+        segmenter=None, everything=False, find=None, batch_size=None, num_workers=None, on_error="raise", **kwargs,
     ):  # fmt: skip
         """Caption regions.
 
@@ -74,6 +77,12 @@ class RegionCaptioningPipeline(Pipeline):
                 "label_map", "text"?}` (other columns of a dataset are ignored). What images and regions may be: see
                 the processor.
             text: question that replaces the default one, for one image or a list with one an image.
+            points, point_labels: what a segmenter makes regions of: (x, y) in pixels or a list of (x, y) per region,
+                and 1 or 0 for a point inside or outside of it.
+            segmenter: an object that finds regions (see segmenting_perceptiondlm; `perceptiondlm.serving.segmenters`
+                has some): those of points and of boxes, which without it are used as they are.
+            everything: caption all regions that the segmenter finds.
+            find: caption the regions that this text names, with a segmenter that knows words.
             batch_size: images per forward pass, 1 by default.
             num_workers: threads that read images and regions of the next batches while the model runs, 0 by default.
             on_error: what a sample that cannot be read does: `"raise"` its error, after the results before it; or
@@ -82,7 +91,8 @@ class RegionCaptioningPipeline(Pipeline):
         Returns:
             for one image, a list with a dict per region, in the order given: `caption` (`str`), `score` (mean
             probability of its tokens, in [0, 1]) and `box` (`xmin`, `ymin`, `xmax`, `ymax` in pixels, half-open); an
-            image without regions gives an empty list. For a list, a list of those; for a generator or dataset, an
+            image without regions gives an empty list. Regions that a segmenter found come with their `mask`, and with
+            `mask_score` and `label` where it gives them. For a list, a list of those; for a generator or dataset, an
             iterator of them.
         """
         if on_error not in ON_ERROR:
@@ -92,7 +102,9 @@ class RegionCaptioningPipeline(Pipeline):
         preprocess_params, forward_params, _ = self._sanitize_parameters(**kwargs)
         params = ({**self._preprocess_params, **preprocess_params}, {**self._forward_params, **forward_params})
         regions = dict(zip(REGION_FORMS, (masks, boxes, label_map, points), strict=True))
-        given = {name: value for name, value in (("text", text), *regions.items()) if value is not None}
+        regions |= {"text": text, "point_labels": point_labels}
+        given = {name: value for name, value in regions.items() if value is not None}
+        params[0]["finding"] = Finding(segmenter, everything, find)
         self.failures: list[dict[str, Any]] = []
         if self._is_image(images) or isinstance(images, Mapping):
             sample = {"image": images} if self._is_image(images) else images
@@ -161,7 +173,7 @@ class RegionCaptioningPipeline(Pipeline):
         self.failures.append({"sample": sample.number, "error": str(sample.error)})
         logger.warning("%s; its result is None", sample.error)
 
-    def _prepare(self, numbered: tuple[int, Any], single: bool, **processor_kwargs: Any) -> PreparedSample:
+    def _prepare(self, numbered: tuple[int, Any], single: bool, finding: Finding, **settings: Any) -> PreparedSample:
         """What the processor makes of a sample's image and regions; runs in worker threads, which leave text alone."""
         number, sample = numbered
         prepared = PreparedSample(None if single else number)
@@ -171,16 +183,29 @@ class RegionCaptioningPipeline(Pipeline):
             if not isinstance(sample, Mapping):
                 raise TypeError(f"a sample is a {type(sample).__name__}; accepted: a dict with {SAMPLE_KEYS}")
             given = [form for form in REGION_FORMS if sample.get(form) is not None]
-            if "image" not in sample or len(given) != 1:
-                known = [key for key in sample if key in SAMPLE_KEYS]
+            known = [key for key in sample if key in SAMPLE_KEYS]
+            if finding.by_itself and ("image" not in sample or given):
+                raise ValueError(f"with {finding.by_itself} a sample needs 'image' and no regions, got {known}")
+            if not finding.by_itself and ("image" not in sample or len(given) != 1):
                 raise ValueError(f"a sample needs 'image' and one of {REGION_FORMS}, got {known}")
-            image = sample["image"]
+            image, form = sample["image"], given[0] if given else ""
+            regions = sample.get(form)
+            if finding.by_itself or (finding.segmenter is not None and form in FOUND_FROM):
+                image = self._picture(image, settings)
+                prepared.found = finding.regions(image, **{form: regions} if form else {}, labels=sample.get("point_labels"))
+                form, regions = "masks", [region.mask for region in prepared.found]
             prepared.text = sample.get("text") or self.processor.region_question
             prepared.encoded_image = image if is_encoded(image) else None
-            prepared.passes = self.processor.region_passes(image, given[0], sample[given[0]], **processor_kwargs)
+            prepared.passes = self.processor.region_passes(image, form, regions, **settings)
         except BAD_SAMPLE as error:
             prepared.error = named(error, prepared.number)
         return prepared
+
+    def _picture(self, image: Any, settings: dict[str, Any]) -> Any:
+        """The RGB picture that a segmenter looks at."""
+        if is_encoded(image):
+            raise ValueError("an encoded image holds no picture to find regions in; accepted with a segmenter: images")
+        return load_image(image, exif=settings.get("exif") or self.processor.image_processor.exif)
 
     def _caption(self, samples: list[PreparedSample], forward_params) -> list[list[dict[str, Any]]]:
         """Results of a batch of samples; images without regions never reach the model."""
@@ -189,7 +214,7 @@ class RegionCaptioningPipeline(Pipeline):
             return [[] for _ in samples]
         outputs = self.forward(self.preprocess(filled), **forward_params)
         results = iter(self.postprocess(outputs, len(filled)))
-        return [next(results) if sample.passes else [] for sample in samples]
+        return [with_found(next(results), sample.found) if sample.passes else [] for sample in samples]
 
     def _caption_one_by_one(self, batch: list[PreparedSample], forward_params) -> list[list[dict[str, Any]]]:
         """Results of the samples of a batch that the model takes; the others get their error."""
@@ -241,6 +266,18 @@ class RegionCaptioningPipeline(Pipeline):
             [{**region, "box": dict(zip(CORNERS, next(corners), strict=True))} for region in regions]
             for regions in captions
         ]
+
+
+def with_found(regions: list[dict[str, Any]], found: list[Any] | None) -> list[dict[str, Any]]:
+    """Results of an image with what its segmenter says of them."""
+    if found is None:
+        return regions
+    parts = [
+        {"mask": one.mask, "mask_score": getattr(one, "score", None), "label": getattr(one, "label", None)}
+        for one in found
+    ]
+    told = [{name: value for name, value in part.items() if value is not None} for part in parts]
+    return [{**region, **part} for region, part in zip(regions, told, strict=True)]
 
 
 if TASK not in PIPELINE_REGISTRY.supported_tasks:

@@ -24,10 +24,12 @@ from perceptiondlm.common.text_blocks import TextBlock, badge, badge_side, legen
 
 PLACES = ("beside", "inside")
 LEAST_SIDE = 480  # shorter side that pictures with captions are enlarged to, in pixels
-LEAST_LETTERS, LETTERS = 14, 44  # pixels; parts of the longer side
-TINT = 0.25  # of a region's colour inside it
+LEAST_LETTERS = 14  # pixels
+LETTERS = {"beside": 44, "inside": 60}  # parts of the longer side that letters are high
+TINT, HALO = 0.25, 0.7  # opacity of a region's colour inside it, and of the pale line around its outline
 BADGE_SHARE = 0.12  # of a region that its number may cover; smaller regions get it beside them
 MOST_LINES = 5  # of a caption inside the picture; the rest becomes "…"
+MOST_COVERED = 0.15  # share of a caption inside the picture that may lie on regions; others go beside it
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def draw_regions(
         regions: masks (N, H, W) bool at the image's size, a list of such masks (H, W), of COCO RLEs, or of objects
             that hold one as `.mask`; none empty.
         captions: N texts; None draws no text, and the picture keeps its size.
-        place: of the captions: `"beside"` the image, in a panel, or `"inside"`, next to each region, on none if there
-            is room.
+        place: of the captions: `"beside"` the image, in a panel, or `"inside"`, next to each region and on none; those
+            for which there is no room go into the panel.
         numbers: instead of 1 to N, which also choose the colours.
 
     Returns:
@@ -80,19 +82,21 @@ def draw_regions(
     marks = [_mark(mask_HW, number) for mask_HW, number in zip(masks, numbers, strict=True)]
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    font = ImageFont.load_default(size=letter_size(size))
+    font = ImageFont.load_default(size=letter_size(size, place))
     picture = _painted(image, marks)
     occupied = Occupied.of((size[1], size[0]), [(mark.box, mark.mask_hw) for mark in marks])
-    if captions is None or place == "beside":
-        _number(picture, marks, occupied, font)
-        return picture if captions is None else legend(picture, _blocks(marks, captions), font)
-    _label(picture, marks, occupied, captions, font)
-    return picture
+    blocks = [] if captions is None else _blocks(marks, captions)
+    left = list(zip(marks, blocks, strict=True)) if blocks else [(mark, None) for mark in marks]
+    if place == "inside":
+        left = _label(picture, left, occupied, font)
+    _number(picture, [mark for mark, _ in left], occupied, font)
+    beside = [block for _, block in left if block is not None]
+    return legend(picture, beside, font) if beside else picture
 
 
-def letter_size(size: tuple[int, int]) -> int:
+def letter_size(size: tuple[int, int], place: str = "beside") -> int:
     """Height of the letters of a picture (width, height), in pixels."""
-    return max(LEAST_LETTERS, max(size) // LETTERS)
+    return max(LEAST_LETTERS, max(size) // LETTERS[place])
 
 
 def _mask(region: Any, given: tuple[int, int], wanted: tuple[int, int], name: str) -> np.ndarray:
@@ -124,28 +128,29 @@ def _packed(rle: dict[str, Any]) -> dict[str, Any]:
 
 def _painted(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     """The image with tints and outlines; an outline has a thin pale line around it, to stand out from anything."""
-    canvas = np.array(image)
+    picture = image.copy()
     width = max(2, max(image.size) // 320)
+    halo = max(1, width // 3)
     for mark in marks:
-        x0, y0, x1, y1 = mark.box
-        part = canvas[y0:y1, x0:x1]
-        part[mark.mask_hw] = ((1 - TINT) * part[mark.mask_hw] + TINT * np.array(mark.color)).round().astype(np.uint8)
+        _paint(picture, mark.color, mark.mask_hw, mark.box, TINT)
     for mark in marks:
-        halo = max(1, width // 3)
-        grown, (x0, y0, x1, y1) = _grown(mark, halo, canvas.shape)
+        grown, box = _grown(mark, halo, picture.size)
         inner = _shrunk(grown, halo)
-        part = canvas[y0:y1, x0:x1]
-        part[grown & ~inner] = (part[grown & ~inner] * 0.3 + 255 * 0.7).astype(np.uint8)
-        part[inner & ~_shrunk(inner, width)] = mark.color
-    return Image.fromarray(canvas)
+        _paint(picture, (255, 255, 255), grown & ~inner, box, HALO)
+        _paint(picture, mark.color, inner & ~_shrunk(inner, width), box, 1.0)
+    return picture
 
 
-def _grown(mark: Mark, width: int, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """A mask grown by `width` pixels, and its box, both within the picture."""
+def _paint(picture: Image.Image, color, mask_hw: np.ndarray, box: tuple[int, int, int, int], opacity: float) -> None:
+    picture.paste(color, box, Image.fromarray(mask_hw.astype(np.uint8) * np.uint8(round(255 * opacity))))
+
+
+def _grown(mark: Mark, width: int, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A mask grown by `width` pixels, and its box, both within a picture of (width, height)."""
     x0, y0, x1, y1 = mark.box
     grown = ~_shrunk(~np.pad(mark.mask_hw, width), width, outside=True)
     left, top = min(width, x0), min(width, y0)
-    right, bottom = min(width, shape[1] - x1), min(width, shape[0] - y1)
+    right, bottom = min(width, size[0] - x1), min(width, size[1] - y1)
     rows = slice(width - top, grown.shape[0] - width + bottom)
     columns = slice(width - left, grown.shape[1] - width + right)
     return grown[rows, columns], (x0 - left, y0 - top, x1 + right, y1 + bottom)
@@ -175,37 +180,50 @@ def _number(picture: Image.Image, marks: Sequence[Mark], occupied: Occupied, fon
     draw = ImageDraw.Draw(picture)
     for mark in sorted(marks, key=lambda mark: mark.mask_hw.sum()):
         side = round(badge_side(str(mark.number), font))
-        center = _center(mark)
-        if side * side <= BADGE_SHARE * mark.mask_hw.sum():
-            corner = (center[0] - side // 2, center[1] - side // 2)
-        else:
-            corner = best_place(occupied, (side, side), mark.box)
-            _lead(draw, corner, (side, side), mark, center)
+        x, y = _center(mark)
+        corner = (x - side // 2, y - side // 2)
+        if side * side > BADGE_SHARE * mark.mask_hw.sum():
+            corner, _ = best_place(occupied, (side, side), mark.box)
+            _lead(draw, (*corner, corner[0] + side, corner[1] + side), mark, font)
         occupied.take((*corner, corner[0] + side, corner[1] + side))
         badge(draw, (corner[0] + side / 2, corner[1] + side / 2), str(mark.number), mark.color, font)
 
 
-def _lead(draw, corner: tuple[int, int], size: tuple[int, int], mark: Mark, center: tuple[int, int]) -> None:
-    """A line from the nearest point of a label to its region."""
-    end = tuple(min(max(c, k), k + s) for c, k, s in zip(center, corner, size, strict=True))
-    width = max(2, min(size) // 10)
-    draw.line((*end, *center), fill="white", width=width + 2)
-    draw.line((*end, *center), fill=mark.color, width=width)
+def _lead(draw, box: tuple[int, int, int, int], mark: Mark, font) -> None:
+    """A line from a label to the nearest pixel of its region, and a dot there."""
+    x0, y0, x1, y1 = box
+    ys, xs = np.nonzero(mark.mask_hw)
+    xs, ys = xs + mark.box[0], ys + mark.box[1]
+    away = np.maximum(np.maximum(x0 - xs, xs - x1), 0) ** 2 + np.maximum(np.maximum(y0 - ys, ys - y1), 0) ** 2
+    nearest = int(away.argmin())
+    end = (int(xs[nearest]), int(ys[nearest]))
+    start = (min(max(end[0], x0), x1), min(max(end[1], y0), y1))
+    width = max(2, font.size // 9)
+    draw.line((*start, *end), fill="white", width=width + 2)
+    draw.line((*start, *end), fill=mark.color, width=width)
+    draw.circle(end, 1.5 * width, fill=mark.color, outline="white")
 
 
 def _blocks(marks: Sequence[Mark], captions: Sequence[str]) -> list[TextBlock]:
     return [TextBlock(str(m.number), m.color, text or "(no caption)") for m, text in zip(marks, captions, strict=True)]
 
 
-def _label(picture: Image.Image, marks: Sequence[Mark], occupied: Occupied, captions: Sequence[str], font) -> None:
-    """A caption per region on the picture, small regions first, since they have least room around them."""
+def _label(picture: Image.Image, pairs: list[tuple[Mark, Any]], occupied: Occupied, font) -> list[tuple[Mark, Any]]:
+    """Captions on the picture, small regions first, since they have least room around them; returns those left over."""
     draw = ImageDraw.Draw(picture, "RGBA")
-    pairs = sorted(zip(marks, _blocks(marks, captions), strict=True), key=lambda pair: pair[0].mask_hw.sum())
-    width = min(picture.width - 2, max(10 * font.size, picture.width // 4))
-    for mark, block in pairs:
+    width = min(picture.width - 2, max(11 * font.size, picture.width // 4))
+    placed, left = [], []
+    for mark, block in sorted(pairs, key=lambda pair: pair[0].mask_hw.sum()):
         lines = block.wrapped(font, width, MOST_LINES)
         size = block.size(lines, font)
-        corner = best_place(occupied, size, mark.box)
-        _lead(draw, corner, size, mark, _center(mark))
+        corner, covered = best_place(occupied, size, mark.box)
+        if covered > MOST_COVERED:
+            left.append((mark, block))
+            continue
+        box = (*corner, corner[0] + size[0], corner[1] + size[1])
+        occupied.take(box)
+        placed.append((block, corner, lines))
+        _lead(draw, box, mark, font)
+    for block, corner, lines in placed:  # above all lines
         block.draw(draw, corner, lines, font)
-        occupied.take((*corner, corner[0] + size[0], corner[1] + size[1]))
+    return sorted(left, key=lambda pair: pair[0].number)

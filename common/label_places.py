@@ -54,12 +54,19 @@ class Occupied:
         self.labels_RC[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 1.0
 
 
-def best_place(occupied: Occupied, size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int]:
-    """Upper left corner, in pixels, of a label of (width, height) for the region with a box; within the picture."""
+def best_place(
+    occupied: Occupied, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> tuple[tuple[int, int], float]:
+    """Where a label of (width, height) pixels for the region with a box goes, within the picture.
+
+    Returns:
+        the upper left corner (x, y) in pixels, and the share of the label that covers regions or labels there.
+    """
     rows, columns = occupied.regions_RC.shape
     high, wide = (min(n, int(np.ceil(s / occupied.step))) for n, s in ((rows, size[1]), (columns, size[0])))
-    cost_AB = ON_REGION * _window_means(occupied.regions_RC, high, wide)
-    cost_AB += ON_LABEL * _window_means(occupied.labels_RC, high, wide)
+    on_region_AB = _window_means(occupied.regions_RC, high, wide)
+    on_label_AB = _window_means(occupied.labels_RC, high, wide)
+    cost_AB = ON_REGION * on_region_AB + ON_LABEL * on_label_AB
     x0, y0, x1, y1 = (value / occupied.step for value in box)
     tops_A, lefts_B = np.arange(cost_AB.shape[0])[:, None], np.arange(cost_AB.shape[1])[None]
     gap_y = np.maximum(np.maximum(y0 - (tops_A + high), tops_A - y1), 0)
@@ -70,7 +77,7 @@ def best_place(occupied: Occupied, size: tuple[int, int], box: tuple[int, int, i
     top, left = np.unravel_index(int(cost_AB.argmin()), cost_AB.shape)
     y = min(round(top * occupied.step), max(0, occupied.size[0] - size[1]))
     x = min(round(left * occupied.step), max(0, occupied.size[1] - size[0]))
-    return int(x), int(y)
+    return (int(x), int(y)), float(on_region_AB[top, left] + on_label_AB[top, left])
 
 
 def _window_means(values_RC: np.ndarray, high: int, wide: int) -> np.ndarray:

@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.common.loading import add_model_arguments, generate_settings, load_pipeline
-from perceptiondlm.scripts.caption_jobs import Samples, plan_jobs
+from perceptiondlm.scripts.caption_jobs import Job, Samples, plan_jobs
 from perceptiondlm.scripts.caption_outputs import append_result, check_outputs, draw, finished_requests
+from perceptiondlm.serving.attributes import Attribute, ask_attributes, parse_attributes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resize-masks", action="store_true", help="fit masks of other sizes to the image")
     parser.add_argument("--question", help="asked instead of 'Describe each masked region in detail.'")
+    parser.add_argument(
+        "--attributes", help="ask about each region, too: names such as name,color,material, or name=question"
+    )
     parser.add_argument("--out", type=Path, help="annotated picture; for several images a directory")
     parser.add_argument(
         "--json", type=Path, help="results; a .jsonl file grows image by image and a second run continues it"
@@ -47,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Caption all images, one by one, in the order given; what is wrong with the outputs is said before."""
+    attributes = parse_attributes(options.attributes) if options.attributes is not None else []
     jobs = plan_jobs(options)
     check_outputs(options, jobs)
     done = finished_requests(options.json)
@@ -63,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
             failed.append(f"{job.path}: {pipe.failures[-1]['error'].partition(': ')[2]}")
             tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
             continue
+        if attributes:
+            add_attributes(pipe, job, captions, attributes, keywords)
         result = job.result(captions)
         print_result(result)
         if job.target:
@@ -76,9 +83,20 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{len(failed)} of {len(todo)} images failed:\n  " + "\n  ".join(failed))
 
 
+def add_attributes(
+    pipe: Any, job: Job, captions: list[dict[str, Any]], attributes: list[Attribute], keywords: dict[str, Any]
+) -> None:
+    """Ask about the attributes of a job's regions and put the answers beside their captions."""
+    answers = ask_attributes(pipe, job.image, attributes, **{job.form: job.regions}, **keywords)
+    for region, told in zip(captions, answers, strict=True):
+        region["attributes"] = told
+
+
 def print_result(result: dict[str, Any]) -> None:
     """One line per region."""
     lines = [f"{result['image']} ({result['width']} x {result['height']})"]
     for number, region in enumerate(result["regions"], start=1):
         lines.append(f"  {number:3d}  {region['score']:.2f}  {region['caption']}")
+        for name, answer in region.get("attributes", {}).items():
+            lines.append(f"       {answer['score']:.2f}  {name}: {answer['value']}")
     tqdm.write("\n".join(lines))

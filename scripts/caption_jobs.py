@@ -49,6 +49,7 @@ class Job:
         options = self.options
         asked = [str(self.path), self.form, list(self.boxes), options.question, options.exif, options.resize_masks]
         settings = [generate_settings(options), options.max_regions_per_pass, options.dtype, options.quantize]
+        asked += [options.attributes] if options.attributes is not None else []
         digest = hashlib.sha256(json.dumps([asked, settings, model_state(options.model)]).encode())
         for path in (self.path, *self.files):
             digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -6,24 +6,18 @@ model runs, and the message names the entry, what was found and what is accepted
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import torch
 
 from perceptiondlm.images_perceptiondlm import load_image
 from perceptiondlm.regions_perceptiondlm import regions_of as read_regions
 from perceptiondlm.regions_perceptiondlm import short
+from perceptiondlm.segmenting_perceptiondlm import Finding
 from perceptiondlm.serving.found import FoundRegion
 from perceptiondlm.serving.segmenters import NoSegmenter, Segmenter, load_segmenter
 
 
 PLACED = ("masks", "boxes", "points", "label_map")  # prompts that say where; they may come together
-POINT_FORMS = "(x, y), or a list of (x, y) for several points of one region, in pixels inside the image"
-LABEL_FORMS = "1 (inside the region) or 0 (outside it), in the nesting of the points, a 1 at least per region"
 
 
 @dataclass(frozen=True)
@@ -72,19 +66,9 @@ class RegionPrompts:
         """
         picture = load_image(image)
         size = (picture.height, picture.width)
-        finder = segmenter_of(segmenter)
-        points, labels = read_points(self.points, self.point_labels, size)
-        boxes = [] if self.boxes is None else [region.box for region in read_regions(size, boxes=self.boxes)]
-        if self.everything:
-            return finder.everything(picture)
-        if self.text is not None:
-            return finder.named(picture, self.text)
-        found = [FoundRegion.of_region(region) for form in ("masks", "label_map") for region in self._given(form, size)]
-        if boxes:
-            found += finder.at_boxes(picture, boxes)
-        if points:
-            found += finder.at_points(picture, points, labels)
-        return found
+        finding = Finding(segmenter_of(segmenter), self.everything, self.text)
+        given = [FoundRegion.of_region(region) for form in ("masks", "label_map") for region in self._given(form, size)]
+        return given + finding.regions(picture, self.boxes, self.points, self.point_labels)
 
     def _given(self, form: str, size: tuple[int, int]) -> Any:
         value = getattr(self, form)
@@ -134,54 +118,3 @@ def segmenter_of(given: Segmenter | str | None) -> Segmenter:
     if not isinstance(given, Segmenter):
         raise TypeError(f"segmenter is a {type(given).__name__}; accepted: a name, or an object of Segmenter's methods")
     return given
-
-
-def read_points(points: Any, labels: Any, size: tuple[int, int]) -> tuple[list[list[tuple]], list[list[int]]]:
-    """Points and their labels, a list per region; refuses points outside the image and what is no point.
-
-    Args:
-        size: (height, width) of the image, in pixels.
-    """
-    entries = [] if points is None else _listed(points, "points")
-    if len(entries) == 2 and all(_is_number(entry) for entry in entries):
-        raise ValueError(f"points is a single point {short(entries)}; accepted: a list with an entry per region")
-    found = [_points_of(entry, size, f"points[{index}]") for index, entry in enumerate(entries)]
-    if labels is None:
-        return found, [[1] * len(region) for region in found]
-    given = [[entry] if _is_number(entry) else _listed(entry, "point_labels") for entry in _listed(labels, "labels")]
-    counts, wanted = [len(entry) for entry in given], [len(entry) for entry in found]
-    if counts != wanted:
-        raise ValueError(f"point_labels has {short(counts)} labels for {short(wanted)} points; accepted: {LABEL_FORMS}")
-    for index, entry in enumerate(given):
-        if any(label not in (0, 1) for label in entry) or 1 not in entry:
-            raise ValueError(f"point_labels[{index}] is {short(entry)}; accepted: {LABEL_FORMS}")
-    return found, [[int(label) for label in entry] for entry in given]
-
-
-def _points_of(entry: Any, size: tuple[int, int], name: str) -> list[tuple[float, float]]:
-    """The points of one region."""
-    values = _listed(entry, name)
-    pairs = [values] if len(values) == 2 and all(_is_number(value) for value in values) else values
-    if not pairs:
-        raise ValueError(f"{name} is empty; accepted: {POINT_FORMS}")
-    points = []
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(_is_number(value) for value in pair):
-            raise ValueError(f"{name} is {short(pair)}; accepted: {POINT_FORMS}")
-        x, y = float(pair[0]), float(pair[1])
-        if not (math.isfinite(x) and math.isfinite(y) and 0 <= x < size[1] and 0 <= y < size[0]):
-            raise ValueError(f"{name} is at ({x:g}, {y:g}), the image is {size[1]} x {size[0]} (width x height)")
-        points.append((x, y))
-    return points
-
-
-def _listed(value: Any, name: str) -> Sequence[Any]:
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        value = value.tolist()
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a list")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

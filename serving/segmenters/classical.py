@@ -95,9 +95,10 @@ class ClassicalSegmenter:
         small = image.copy()
         small.thumbnail((self.working_side, self.working_side), Image.Resampling.BOX)
         key = small.tobytes() + repr(small.size).encode()
-        if self._last is None or self._last[0] != key:
-            self._last = (key, MergeTree.of_image(np.asarray(small), self.superpixels))
-        return self._last[1]
+        last = self._last  # another thread may replace it
+        if last is None or last[0] != key:
+            last = self._last = (key, MergeTree.of_image(np.asarray(small), self.superpixels))
+        return last[1]
 
     def _superpixel(self, tree: MergeTree, image: Image.Image, point: Sequence[float]) -> int:
         rows, columns = tree.labels_hw.shape

@@ -136,15 +136,16 @@ class SamSegmenter:
     def _encoded(self, image: Image.Image) -> dict[str, Any]:
         """What the model's vision tower made of an image; the last one is kept, since prompts come one by one."""
         key = picture_key(image)
-        if self._last is None or self._last[0] != key:
+        last = self._last  # another thread may replace it
+        if last is None or last[0] != key:
             pixels = self.settings.pixel_values(image).to(self.device, self.model.dtype)
             encoded = self.model.get_image_embeddings(pixels)
             if isinstance(encoded, tuple):  # SAM-HQ
                 keywords = {"image_embeddings": encoded[0], "intermediate_embeddings": encoded[1]}
             else:
                 keywords = {"image_embeddings": encoded}
-            self._last = (key, keywords)
-        return self._last[1]
+            last = self._last = (key, keywords)
+        return last[1]
 
 
 def load_sam(name: str, device: str | None = None, **options: Any):

@@ -89,7 +89,8 @@ class Sam3Segmenter:
     def _encoded(self, image: Image.Image) -> Any:
         """What the vision tower made of an image; the last one is kept, since texts come one by one."""
         key = picture_key(image)
-        if self._last is None or self._last[0] != key:
+        last = self._last  # another thread may replace it
+        if last is None or last[0] != key:
             pixels = self.settings.pixel_values(image).to(self.device, self.model.dtype)
-            self._last = (key, self.model.get_vision_features(pixels))
-        return self._last[1]
+            last = self._last = (key, self.model.get_vision_features(pixels))
+        return last[1]
