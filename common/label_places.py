@@ -13,11 +13,7 @@ from PIL import Image
 
 
 CELLS = 128  # of the grid along the longer side
-ON_LABEL, ON_REGION, AWAY = (
-    20.0,
-    4.0,
-    2.0,
-)  # costs: whole label on others, on regions; as far away as the picture is long
+ON_LABEL, ON_REGION, AWAY = 20.0, 4.0, 2.0  # costs: whole label on others, on regions; as far away as the picture is long
 
 
 @dataclass

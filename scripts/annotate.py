@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser.add_argument_group("where it runs"))
     results = parser.add_argument_group("results")
     results.add_argument("--tokens", action="store_true", help="keep the confidence of every token")
+    results.add_argument("--attributes", help="name,color,...: one question each about every region, kept as JSON")
     results.add_argument("--export", nargs="+", choices=tuple(EXPORTS), default=[], help="formats beside parquet")
     results.add_argument(
         "--preview", type=int, nargs="?", const=12, default=0, help="a contact sheet of so many images"
@@ -109,6 +110,7 @@ def job_of(options: argparse.Namespace) -> AnnotationJob:
         exif=options.exif,
         resize_masks=options.resize_masks,
         question=options.question,
+        attributes=tuple(one for one in (options.attributes or "").split(",") if one.strip()),
         tokens=options.tokens,
         model=options.model,
         model_state=model_state(options.model),

@@ -13,6 +13,7 @@ from perceptiondlm.samples_perceptiondlm import BAD_SAMPLE
 from perceptiondlm.serving.annotate.job import AnnotationJob
 from perceptiondlm.serving.annotate.plan import PartResult, write_part
 from perceptiondlm.serving.annotate.reading import PreparedImage, PreparedPart, failure, measure, segmented
+from perceptiondlm.serving.attributes import parse_attributes
 from perceptiondlm.serving.records import caption_tokens, region_record
 from perceptiondlm.serving.segmenters import load_segmenter
 
@@ -40,6 +41,7 @@ class Captioner:
         self.pipe.model._settings_and_inputs(None, dict(job.generate))  # refuses settings before any work
         self.processor = self.pipe.processor
         self.question = job.question or self.processor.region_question
+        self.attributes = parse_attributes(job.attributes) if job.attributes else []
         named = job.regions.segmenter
         self.segmenter = load_segmenter(named, device) if job.regions.needs_model and named else None
         self.limit = job.regions_per_batch
@@ -67,8 +69,9 @@ class Captioner:
         for place, image in enumerate(images):
             if any(entry["kind"] == "image" for entry in failures[place]):
                 continue
-            found = zip(image.keys, image.found, answers.get(place, []), strict=True)
-            rows = [region_record(image.record, *one, self.job.model_name, self.job.shown_settings) for one in found]
+            told = zip(image.keys, image.found, answers.get(place, []), image.spans, strict=True)
+            made = (self.job.model_name, self.job.shown_settings)
+            rows = [region_record(image.record, key, region, answer, *made, span) for key, region, answer, span in told]
             records += rows
             read.append({**image.record, "regions": len(rows), "part": part.number})
         return PartResult(part.number, records, read, [entry for place in failures for entry in failures[place]])
@@ -124,7 +127,38 @@ class Captioner:
             rows = zip(output.sequences.tolist(), output.confidences.tolist(), strict=True)
             for answer, (ids, confidences) in zip(places, rows, strict=True):
                 answer["tokens"] = caption_tokens(ids, confidences, self.processor.tokenizer)
+        for part in self._portions(images):
+            for image, told in zip(part, self._attributes([images[place] for place in part]), strict=True):
+                for answer, values in zip(answers[image], told, strict=True):
+                    answer["attributes"] = values
         return answers
+
+    def _portions(self, images: Sequence[PreparedImage]) -> Iterator[list[int]]:
+        """Places of images whose regions, one row per attribute, make batches; nothing where none is asked for."""
+        if self.attributes:
+            yield from batches(images, max(1, self.limit // len(self.attributes)))
+
+    def _attributes(self, images: Sequence[PreparedImage]) -> list[list[dict[str, Any]]]:
+        """Answers about every region of some images: attribute to value and score; each image is encoded once."""
+        count = len(self.attributes)
+        rows = [
+            row
+            for place, image in enumerate(images)
+            for number, one in enumerate(self.attributes)
+            for row in self.processor.lay_out(image.passes, one.question, place * count + number)
+        ]
+        output = self.pipe.forward(dict(self.processor.collate(rows)), **self.job.generate)["output"]
+        answers = self.processor.post_process_region_captions(output, True, len(images) * count)
+        return [
+            [
+                {
+                    one.name: {"value": a["caption"], "score": a["score"]}
+                    for one, a in zip(self.attributes, region, strict=True)
+                }
+                for region in zip(*answers[place * count : (place + 1) * count], strict=True)
+            ]
+            for place in range(len(images))
+        ]
 
 
 def batches(images: Sequence[PreparedImage], limit: int) -> Iterator[list[int]]:

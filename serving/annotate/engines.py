@@ -147,7 +147,8 @@ def _run_on_cluster(job: AnnotationJob, numbers: Sequence[int], progress: Progre
     packed = pickle.dumps(job)
     blocks = min(len(numbers), MOST_BLOCKS)
     parts = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=blocks)
-    read = parts.map(read_row, fn_kwargs={"job": packed}, num_cpus=READING_CPUS)
+    reading = READING_CPUS if engine.cpus_per_actor != READING_CPUS else READING_CPUS / 2
+    read = parts.map(read_row, fn_kwargs={"job": packed}, num_cpus=reading)
     done = read.map_batches(
         CaptioningActor,
         batch_size=1,

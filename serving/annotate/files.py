@@ -17,23 +17,27 @@ SUFFIXES = ("", "_masks", "_mask", "_boxes", "_labels")  # behind a picture's na
 
 
 def pictures_of(source: str) -> list[tuple[str, Path]]:
-    """Ids and paths of the pictures of a folder, glob or file, sorted by id: the path below the folder.
+    """Ids and paths of the pictures of a folder, glob or file."""
+    return files_of(source, PICTURES, "picture")
+
+
+def files_of(source: str, suffixes: tuple[str, ...], kind: str) -> list[tuple[str, Path]]:
+    """Ids and paths of the files of a kind in a folder, of a glob, or a file, sorted by id: the path below the folder.
 
     Raises:
         FileNotFoundError: if there is none.
     """
     path = Path(source)
     if path.is_dir():
-        base, found = path, [one for one in path.rglob("*") if one.suffix.lower() in PICTURES and one.is_file()]
+        base, candidates = path, list(path.rglob("*"))
     elif path.is_file():
-        base, found = path.parent, [path]
+        base, candidates = path.parent, [path]
     else:
-        fixed = [part for part in path.parts if not glob.has_magic(part)]
-        base = Path(*path.parts[: next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(fixed))])
-        matches = [Path(one) for one in glob.glob(source, recursive=True)]
-        found = [one for one in matches if one.suffix.lower() in PICTURES and one.is_file()]
+        first = next((place for place, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+        base, candidates = Path(*path.parts[:first]), [Path(one) for one in glob.glob(source, recursive=True)]
+    found = [one for one in candidates if one.suffix.lower() in suffixes and one.is_file()]
     if not found:
-        raise FileNotFoundError(f"{source} holds no picture; accepted: {', '.join(PICTURES)}")
+        raise FileNotFoundError(f"{source} holds no {kind}; accepted: {', '.join(suffixes)}")
     return sorted((one.relative_to(base).as_posix(), one) for one in found)
 
 

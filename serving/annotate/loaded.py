@@ -21,6 +21,7 @@ class LoadedImage:
         regions: in a form that `regions_of` takes; None where a segmenter finds them.
         files: files that hold the regions instead.
         keys, labels: names of the regions, where the source has them.
+        spans: seconds of a video that the regions speak for.
         error: what was wrong with its entry, where it could not even be looked up.
     """
 
@@ -31,6 +32,7 @@ class LoadedImage:
     files: list[str] = field(default_factory=list)
     keys: list[str] | None = None
     labels: list[str | None] | None = None
+    spans: list[tuple[float, float]] | None = None
     error: str | None = None
 
 

@@ -32,6 +32,7 @@ class PreparedImage:
     Attributes:
         record: `{"id", "image", "width", "height"}`.
         found, keys: its regions and their keys.
+        spans: seconds of a video that each speaks for.
         passes: what the processor made of them, a dict per pass.
         picture: kept where a segmenter with weights has to see it first.
         failures: of the image (then there is nothing else), or of some regions.
@@ -40,6 +41,7 @@ class PreparedImage:
     record: dict[str, Any]
     found: list[FoundRegion] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    spans: list[tuple[float, float] | None] = field(default_factory=list)
     passes: list[dict] = field(default_factory=list)
     picture: Image.Image | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -124,6 +126,7 @@ class PartReader:
                 label = loaded.labels[place] if loaded.labels and place < len(loaded.labels) else None
                 found.append(FoundRegion.of_region(region, label=label))
                 prepared.keys.append(key if len(regions) == 1 else str(number))
+                prepared.spans.append(loaded.spans[place] if loaded.spans else None)
         if len(set(prepared.keys)) < len(prepared.keys):
             raise ValueError(f"{len(prepared.keys)} regions have {len(set(prepared.keys))} ids; accepted: one id each")
         return found
@@ -170,6 +173,7 @@ def measure(
     """Give a prepared image its regions and what the processor makes of them; the picture itself is let go."""
     prepared.found, prepared.picture = found, None
     prepared.keys = prepared.keys or [str(number) for number in range(len(found))]
+    prepared.spans = prepared.spans or [None] * len(found)
     if found:
         masks = [region.mask for region in found]
         limit = {"max_regions_per_pass": job.regions_per_batch, "exif": job.exif or "stored"}

@@ -14,6 +14,8 @@ from perceptiondlm.serving.annotate.progress import Progress
 from perceptiondlm.serving.annotate.publishing import check_publishing, publish
 from perceptiondlm.serving.annotate.results import Totals, finish, write_card
 from perceptiondlm.serving.annotate.sources import settled
+from perceptiondlm.serving.attributes import parse_attributes
+from perceptiondlm.serving.segmenters import load_segmenter
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ def annotate(
     engine, wanted = engine or Engine(), wanted or Wanted()
     if wanted.hub:
         check_publishing(wanted.hub)
+    if job.attributes:
+        parse_attributes(job.attributes)
+    if not job.regions.needs_model:
+        check_segmenter(job.regions.segmenter or "none")
     with locked(job.folder):
         job = settled(job)
         plan = prepare_folder(job, overwrite)
@@ -75,6 +81,14 @@ def annotate(
         sheet = contact_sheet(plan, job, wanted.preview) if wanted.preview else None
         url = publish(plan.folder, wanted.hub, wanted.private) if wanted.hub else None
     return Outcome(plan.folder, totals, speed, files + ([sheet] if sheet else []), url)
+
+
+def check_segmenter(name: str) -> None:
+    """Refuse a segmenter whose package is missing, with its install line."""
+    try:
+        load_segmenter(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def run_parts(job: AnnotationJob, plan: Plan, engine: Engine) -> float | None:

@@ -22,12 +22,12 @@ from perceptiondlm.serving.annotate.tables import (
     read_parquet,
     rows_of_job,
 )
+from perceptiondlm.serving.annotate.videos import VIDEOS, read_video, video_parts
 
 
-KINDS = ("files", "coco", "parquet", "shard", "hub")
 ACCEPTED = (
     "a folder or glob of pictures, a COCO or LVIS .json, .parquet files, WebDataset .tar shards (a file, folder or "
-    "glob each), or a data set on the Hub (org/name)"
+    "glob each), videos with masklets, or a data set on the Hub (org/name)"
 )
 Items = Callable[[AnnotationJob], Iterator[dict[str, Any]]]
 ITEMS: dict[str, Items] = {"files": items_of_files, "coco": items_of_coco}
@@ -40,6 +40,7 @@ READERS: dict[str, Callable[[dict[str, Any], AnnotationJob], Iterator[LoadedImag
     "parquet": read_parquet,
     "shard": read_shard,
     "hub": read_hub,
+    "video": read_video,
 }
 
 
@@ -57,6 +58,8 @@ def kind_of(source: str) -> str:
     path = Path(source)
     if path.is_dir():
         return kind_of_folder(path)
+    if suffix in VIDEOS:
+        return "video"
     if suffix == ".json" and path.is_file():
         return "coco"
     if path.is_file() or any(mark in source for mark in "*?["):
@@ -67,11 +70,9 @@ def kind_of(source: str) -> str:
 
 
 def kind_of_folder(folder: Path) -> str:
-    """Tables and shards by the files that lie in a folder; pictures otherwise."""
-    for suffix, kind in ((".parquet", "parquet"), (".tar", "shard")):
-        if next(folder.rglob(f"*{suffix}"), None) is not None:
-            return kind
-    return "files"
+    """Tables, shards and videos by the files that lie in a folder; pictures otherwise."""
+    kinds = {".parquet": "parquet", ".tar": "shard", **dict.fromkeys(VIDEOS, "video")}
+    return next((kinds[one.suffix.lower()] for one in folder.rglob("*") if one.suffix.lower() in kinds), "files")
 
 
 def settled(job: AnnotationJob) -> AnnotationJob:
@@ -81,7 +82,7 @@ def settled(job: AnnotationJob) -> AnnotationJob:
         FileNotFoundError, ValueError: naming what is missing and what is accepted.
     """
     kind = kind_of(job.source)
-    if kind in ITEMS:
+    if kind not in TABLES:
         if job.regions.where == "column" or job.columns:
             raise ValueError(f"{job.source} is no table: columns are those of parquet files, shards and Hub data sets")
         return job
@@ -94,8 +95,8 @@ def settled(job: AnnotationJob) -> AnnotationJob:
 def parts_of(job: AnnotationJob) -> Iterator[dict[str, Any]]:
     """The parts of a settled job's source, in its order; `count` says how many images each has."""
     kind = kind_of(job.source)
-    if kind in TABLES:
-        yield from TABLES[kind][1](job)
+    if kind in TABLES or kind == "video":
+        yield from video_parts(job) if kind == "video" else TABLES[kind][1](job)
         return
     items = ITEMS[kind](job)
     while part := list(islice(items, job.images_per_part)):

@@ -74,9 +74,7 @@ class MergeTree:
         contrast = np.clip(1 - formed / np.maximum(taken, 1e-9), 0, 1)
         contrast[-1] = 0.0
         edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-        sides = sum(
-            (members[:, np.unique(edge)].any(axis=1).astype(int) for edge in edges), np.zeros(len(members), int)
-        )
+        sides = sum((members[:, np.unique(edge)].any(axis=1).astype(int) for edge in edges), np.zeros(len(members), int))
         return cls(labels, colours, members, children, members @ areas, contrast, sides)
 
     def mask(self, members_S: np.ndarray) -> np.ndarray:
