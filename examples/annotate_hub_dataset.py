@@ -46,6 +46,6 @@ columns, split = {"image": options.image_column}, {"split": options.split}
 job = AnnotationJob(options.data, options.out, regions, columns=columns, dataset=split, model=options.model,
                     generate={"preset": "fast"})  # fmt: skip
 outcome = annotate(job, wanted=Wanted(exports=["coco"], preview=6, hub=options.push_to_hub))
-print(outcome.totals.sentence(), *outcome.files, outcome.url or "", sep="\n")
+print(outcome.totals.sentence(), *outcome.files, *filter(None, [outcome.url]), sep="\n")
 for record in read_records(outcome.folder)[:6]:
     print(f"{record['id']}  {record['score']:.2f}  {record['caption']}")
