@@ -85,7 +85,11 @@ def run(options: argparse.Namespace) -> None:
         options.engine, options.workers, options.actors, options.gpus_per_actor, options.cpus_per_actor, options.address
     )
     wanted = Wanted(options.export, options.preview, options.push_to_hub, options.private)
-    outcome = annotate(job_of(options), engine, wanted, options.overwrite)
+    try:
+        outcome = annotate(job_of(options), engine, wanted, options.overwrite)
+    except KeyboardInterrupt:
+        print(f"stopped: the same command continues in {options.out}", file=sys.stderr)
+        raise SystemExit(130) from None
     speed = f", {outcome.regions_per_second:.1f} regions/s" if outcome.regions_per_second else ""
     print(f"{outcome.folder}: {outcome.totals.sentence()}{speed}")
     for file in outcome.files:

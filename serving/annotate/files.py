@@ -57,13 +57,15 @@ def items_of_files(job: AnnotationJob) -> Iterator[dict[str, Any]]:
         yield from items_beside(pictures, place, regions.form)
         return
     coco = CocoFile.read(place) if is_coco(place) else None
+    if coco is not None and regions.form == "label_map":
+        raise ValueError(f"{place} is a COCO file, which holds masks and boxes; label maps are pictures or arrays")
     if coco is None and len(pictures) > 1 and not is_about_many(place):
         raise ValueError(
             f"{place} is about one image, {job.source} holds {len(pictures)}; accepted: one file about all"
         )
     for name, path in pictures:
         item: dict[str, Any] = {"id": name, "image": str(path)}
-        yield item | ({"files": [str(place)]} if coco is None else coco.regions_of_name(name))
+        yield item | ({"files": [str(place)]} if coco is None else coco.regions_of_name(name, regions.form))
 
 
 def items_beside(pictures: list[tuple[str, Path]], folder: Path, form: str) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,7 @@ from perceptiondlm.serving.records import region_table
 METADATA = b"perceptiondlm"  # key under which a part's file says what was done
 FORMAT = 1  # of the folder's layout
 OWN = ("run.json", "plan.jsonl", "parts", "data", "images", "failures.jsonl", "README.md", "exports", "preview.jpg")
+BEGUN = (".lock", "parts", "plan.jsonl", "plan.jsonl.part")  # what a run leaves that was killed while planning
 
 
 @dataclass
@@ -112,13 +113,11 @@ def prepare_folder(job: AnnotationJob, overwrite: bool = False) -> Plan:
     """
     folder = job.folder
     run_file = folder / "run.json"
-    if overwrite:
+    if overwrite and run_file.is_file():
         clear(folder)
     if run_file.is_file():
         refuse_other(read_json(run_file), job)
-    elif strange := sorted(
-        path.name for path in folder.iterdir() if path.name not in (*OWN, ".lock", "plan.jsonl.part")
-    ):
+    elif strange := sorted(path.name for path in folder.iterdir() if path.name not in BEGUN):
         raise ValueError(
             f"{folder} holds other files ({', '.join(strange[:4])}): name an empty or new folder for --out"
         )

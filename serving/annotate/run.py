@@ -69,14 +69,15 @@ def annotate(
         parse_attributes(job.attributes)
     if not job.regions.needs_model:
         check_segmenter(job.regions.segmenter or "none")
+    job = settled(job)
     with locked(job.folder):
-        job = settled(job)
         plan = prepare_folder(job, overwrite)
         speed = None
         if not read_json(plan.folder / "run.json")["complete"]:
             speed = run_parts(job, plan, engine)
         totals = finish(plan)
-        write_card(plan.folder, totals, job.identity())
+        if not (plan.folder / "README.md").is_file():
+            write_card(plan.folder, totals, job.identity())
         files = export(plan.folder, list(wanted.exports)) if wanted.exports else []
         sheet = contact_sheet(plan, job, wanted.preview) if wanted.preview else None
         url = publish(plan.folder, wanted.hub, wanted.private) if wanted.hub else None

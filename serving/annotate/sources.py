@@ -76,12 +76,19 @@ def kind_of_folder(folder: Path) -> str:
 
 
 def settled(job: AnnotationJob) -> AnnotationJob:
-    """The job with everything named that its source leaves open: columns, and where the regions are.
+    """The job with everything named that its source leaves open, and local places written out in full.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing and what is accepted.
     """
+    regions = (
+        replace(job.regions, name=in_full(job.regions.name)) if job.regions.where in ("file", "folder") else job.regions
+    )
+    places = {"source": job.source, "images": job.images, "model": job.model}
+    job = replace(job, regions=regions, out=str(job.folder.absolute()), **{k: in_full(v) for k, v in places.items()})
     kind = kind_of(job.source)
+    if job.folder.is_relative_to(Path(job.source)):
+        raise ValueError(f"--out {job.folder} lies in the source {job.source}: name a folder outside of it")
     if kind not in TABLES:
         if job.regions.where == "column" or job.columns:
             raise ValueError(f"{job.source} is no table: columns are those of parquet files, shards and Hub data sets")
@@ -90,6 +97,16 @@ def settled(job: AnnotationJob) -> AnnotationJob:
     column = chosen.pop("regions", None)
     regions = job.regions if column is None else replace(job.regions, where="column", name=column)
     return replace(job, columns=chosen, regions=regions)
+
+
+def in_full(place: Any) -> Any:
+    """A local place that is there, or a glob, by its absolute path: workers may run elsewhere. Others as they are."""
+    if place is None or "://" in place:
+        return place
+    mark = HUB if place.startswith(HUB) else ""
+    path = Path(place.removeprefix(mark)).absolute()
+    is_here = path.exists() or (not mark and any(sign in place for sign in "*?["))
+    return f"{mark}{path}" if is_here else place
 
 
 def parts_of(job: AnnotationJob) -> Iterator[dict[str, Any]]:

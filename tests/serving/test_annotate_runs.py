@@ -133,11 +133,16 @@ def test_wrong_input_is_one_line_and_leaves_no_results(arguments, message, colle
     assert not list(tmp_path.glob("out/parts/part-*"))
 
 
-def test_files_of_others_are_left_alone(collection, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["thesis.txt", "images", "data"])
+def test_files_of_others_are_left_alone(name, collection, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
     coco = str(collection.folder / "pictures" / "regions.json")
-    assert main(["annotate", coco, "--out", str(tmp_path), *FAST]) == 2
-    assert "holds other files (thesis.txt)" in capsys.readouterr().err
+    assert main(["annotate", coco, "--out", str(tmp_path), *FAST, "--overwrite"]) == 2
+    assert f"holds other files ({name})" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    pictures = str(collection.folder / "pictures")
+    assert main(["annotate", pictures, "--out", f"{pictures}/captions", "--masks", coco]) == 2
+    assert "lies in the source" in capsys.readouterr().err
 
 
 def test_publishing_sends_results_and_card(clean, monkeypatch):
