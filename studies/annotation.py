@@ -26,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,129 +38,28 @@ from tqdm.auto import tqdm
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import read_json, write_json
 from perceptiondlm.common.loading import REPOSITORY
-from perceptiondlm.drawn.scenes import draw_scene, scene_annotations
+from perceptiondlm.common.measuring import count_flops, peak_flops
 from perceptiondlm.serving.annotate.captioner import Captioner, batches
 from perceptiondlm.serving.annotate.job import AnnotationJob, RegionChoice
 from perceptiondlm.serving.annotate.plan import locked, prepare_folder
 from perceptiondlm.serving.annotate.reading import PartReader
 from perceptiondlm.serving.records import read_records
+from perceptiondlm.studies.annotation_runs import (
+    MOST,
+    PART,
+    Clock,
+    command,
+    finished,
+    started,
+    whole_run,
+    write_collection,
+)
 
 
 CASES = ("speed", "bounds", "kills", "memory")
-LEAST, MOST = 4, 8  # regions of a picture
-SEED = 3000  # of the drawn scenes
-PART = 16  # images of a part
 BATCHES = (8, 32, 128)  # regions in a pass
 KILLS = 3
-SETTINGS = ["--preset", "fast", "--images-per-part", str(PART)]
 RAY = ["--engine", "ray"]
-
-
-# --- the collection ---------------------------------------------------------------------------------------------------
-
-
-def write_collection(folder: Path, count: int, photos: Path | None) -> Path:
-    """Pictures and one COCO file about all of them; photographs come first, up to half of them."""
-    folder.mkdir(parents=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for entry, regions in [*photographs(photos, count // 2), *()]:
-        shutil.copy(photos / entry["image"], folder / Path(entry["image"]).name)  # type: ignore[operator]
-        size = {"width": entry["width"], "height": entry["height"]}
-        add(images, annotations, {"file_name": Path(entry["image"]).name, **size}, regions)
-    scenes = (draw_scene(SEED, index) for index in range(10 * count))
-    for scene in scenes:
-        if len(images) == count:
-            break
-        if not LEAST <= len(scene.objects) <= MOST:
-            continue
-        entry = scene_annotations(scene)
-        scene.image.save(folder / entry["file_name"])
-        size = {"width": entry["width"], "height": entry["height"]}
-        add(
-            images,
-            annotations,
-            {"file_name": entry["file_name"], **size},
-            [a["mask_rle"] for a in entry["annotations"]],
-        )
-    path = folder / "regions.json"
-    write_json(path, {"images": images, "annotations": annotations})
-    return path
-
-
-def photographs(photos: Path | None, count: int) -> Iterator[tuple[dict[str, Any], list[dict]]]:
-    """Photographs with at least `LEAST` regions, and their first `MOST` masks."""
-    if photos is None:
-        return
-    entries = [entry for name in ("train.json", "val.json") for entry in read_json(photos / name)]
-    fitting = [entry for entry in entries if len(entry["regions"]) >= LEAST and (photos / entry["image"]).is_file()]
-    for entry in fitting[:count]:
-        yield entry, [region["segmentation"] for region in entry["regions"][:MOST]]
-
-
-def add(images: list, annotations: list, image: dict[str, Any], regions: list[Any]) -> None:
-    """Append a picture and its regions to a COCO file's lists."""
-    images.append({"id": len(images) + 1, **image})
-    for region in regions:
-        entry = {"id": len(annotations) + 1, "image_id": len(images), "category_id": 1, "iscrowd": 0}
-        annotations.append({**entry, "segmentation": region})
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    """A run of the command."""
-    return [
-        sys.executable,
-        "-m",
-        "perceptiondlm.scripts.cli",
-        "annotate",
-        str(source),
-        "--out",
-        str(out),
-        *SETTINGS,
-        *more,
-    ]
-
-
-def started(arguments: list[str], threads: int | None) -> subprocess.Popen:
-    """The command in a process group of its own."""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if threads:
-        variables["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryFile() as errors:
-        return subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.PIPE, stderr=errors, env=variables)
-
-
-def whole_run(arguments: list[str], out: Path, watch: Callable[[subprocess.Popen], Any] | None = None, threads=None):
-    """Seconds of a run from its first finished part on, regions of the rest, whole seconds; what `watch` saw last."""
-    shutil.rmtree(out, ignore_errors=True)
-    begin = time.perf_counter()
-    process = started(arguments, threads)
-    first: tuple[float, int] | None = None
-    seen = None
-    last = begin
-    while process.poll() is None:
-        parts = len(list(out.glob("parts/part-*")))
-        if parts and first is None:
-            first = (time.perf_counter(), parts)
-        if parts:
-            last = time.perf_counter() if not (out / "data").exists() else last
-        seen = watch(process) if watch else None
-        time.sleep(0.02)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}")
-    records = read_records(out)
-    parts = -(-len({row["image_id"] for row in records}) // PART)
-    assert first is not None  # it wrote at least one part
-    share = (parts - first[1]) / parts
-    return {
-        "seconds": round(time.perf_counter() - begin, 2),
-        "seconds_after_first_part": round(last - first[0], 2),
-        "regions_per_second": round(share * len(records) / max(last - first[0], 1e-9), 2),
-        "images_per_second": round(share * parts * PART / max(last - first[0], 1e-9), 2),
-    }, seen
 
 
 def one_at_a_time(source: Path) -> dict[str, Any]:
@@ -193,98 +94,91 @@ def speed(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[
     """One at a time against whole runs."""
     rows = [{"way": "pipeline, one image at a time", **one_at_a_time(source)}]
     for size in BATCHES:
-        run, _ = whole_run(command(source, folder / "run", "--regions-per-batch", str(size)), folder / "run")
+        run = whole_run(command(source, folder / "run", "--regions-per-batch", str(size)), folder / "run")
         rows.append({"way": f"annotate, {size} regions a batch", **run})
     if not options.no_ray:
         ways = (("plain, one thread", [], 1), ("Ray, one actor", [*RAY, "--actors", "1"], None),
                 ("Ray, two actors", [*RAY, "--actors", "2"], None))  # fmt: skip
         for name, more, threads in ways:
-            run, _ = whole_run(command(source, folder / "run", *more), folder / "run", threads=threads)
+            run = whole_run(command(source, folder / "run", *more), folder / "run", threads)
             rows.append({"way": f"annotate, {name}", **run})
     base = rows[0]["regions_per_second"]
     return [{**row, "times_one_at_a_time": round(row["regions_per_second"] / base, 2)} for row in rows]
 
 
 def bounds(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of the steps of a run in this process, by batch size."""
-    from perceptiondlm import passes_perceptiondlm as passes
-
+    """Seconds of the steps of a run in this process, and its arithmetic, by batch size; 1 is an image at a time."""
+    peak = peak_flops(torch.device("cpu"), torch.float32)
     rows = []
     for size in (1, *BATCHES):
-        job = job_for(source, folder / f"bounds{size}", size)
+        job = job_for(source, folder / f"bounds{size}", max(size, MOST))
         with locked(job.folder):
             plan = prepare_folder(job)
-        captioner = Captioner(job)
-        clock = Clock()
-        model_module = sys.modules[type(captioner.pipe.model).__module__]
-        own_passes = sys.modules.get(model_module.__name__.replace("modeling", "passes"), passes)
+        captioner, clock = Captioner(job), Clock()
+        captioner.limit = size
         reader = clock.around("reading and measuring", PartReader(job, captioner.processor))
         parts = [reader(number) for number in range(len(plan))]
-        model = captioner.pipe.model
-        model.encode_images = clock.around("vision tower", model.encode_images)
-        saved = {name: getattr(own_passes, name) for name in ("shared_prefix", "region_spans")}
-        own_passes.shared_prefix = clock.around("prompts of images", saved["shared_prefix"])
-        own_passes.region_spans = clock.around("prompts of regions", saved["region_spans"])
-        call = own_passes.StaticPasses.__call__
-        own_passes.StaticPasses.__call__ = clock.around("denoising passes", call)
         captioned = clock.around("model in all", captioner.captioned)
-        if size == 1:
-            captioner.limit = 1
-        regions = sum(len(captioned(part).records) for part in tqdm(parts, desc=f"{size} regions"))
-        for name, function in saved.items():
-            setattr(own_passes, name, function)
-        own_passes.StaticPasses.__call__ = call
-        images = [image for part in parts for image in part.images]
-        mean = statistics.mean(len(batch) for part in parts for batch in batches(part.images, captioner.limit))
-        seconds = {name: round(value, 2) for name, value in clock.seconds.items()}
-        row = {"regions_per_batch": size, "images_per_batch": round(mean, 2), "images": len(images), "regions": regions}
-        rows.append(
-            {**row, "regions_per_second": round(regions / clock.seconds["model in all"], 2), "seconds": seconds}
-        )
+        with timed_steps(captioner.pipe.model, clock):
+            regions = sum(len(captioned(part).records) for part in tqdm(parts, desc=f"{size} regions"))
+        part = parts[0]
+        flops = count_flops(partial(captioner.captioned, part)) / sum(len(image.found) for image in part.images)
+        speed = regions / clock.seconds["model in all"]
+        row = {
+            "regions_per_batch": size,
+            "images_per_batch": round(statistics.mean(len(b) for part in parts for b in batches(part.images, size)), 2),
+            "regions": regions,
+            "regions_per_second": round(speed, 2),
+            "gflop_per_region": round(flops / 1e9, 3),
+            "gflop_per_second": round(flops * speed / 1e9, 1),
+            "gflop_per_second_of_a_large_product": round(peak / 1e9, 1),
+        }
+        rows.append({**row, "seconds": {name: round(value, 2) for name, value in clock.seconds.items()}})
     return rows
 
 
-class Clock:
-    """Adds up the seconds of calls."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def around(self, name: str, function: Callable) -> Callable:
-        """The function, timed under a name."""
-
-        def timed(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-        return timed
+@contextmanager
+def timed_steps(model: Any, clock: Clock) -> Iterator[None]:
+    """Time the tower, the prompts and the passes of a model; its code may be a copy that the loader made."""
+    passes = sys.modules[type(model).__module__.replace("modeling", "passes")]
+    functions = {"shared_prefix": "prompts of images", "region_spans": "prompts of regions"}
+    saved = {name: getattr(passes, name) for name in functions}
+    call = passes.StaticPasses.__call__
+    model.encode_images = clock.around("vision tower", model.encode_images)
+    try:
+        for name, title in functions.items():
+            setattr(passes, name, clock.around(title, saved[name]))
+        passes.StaticPasses.__call__ = clock.around("denoising passes", call)
+        yield
+    finally:
+        passes.StaticPasses.__call__ = call
+        for name, function in saved.items():
+            setattr(passes, name, function)
 
 
 def kills(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs killed at random moments, then finished, against a clean one of the same kind."""
     rows = []
     dice = random.Random(options.seed)
-    ways = {"plain": [], "Ray, two actors": [*RAY, "--actors", "2"]}
-    for name, more in ways.items() if not options.no_ray else [("plain", [])]:
+    ways: dict[str, list[str]] = {"plain": []} | (
+        {} if options.no_ray else {"Ray, two actors": [*RAY, "--actors", "2"]}
+    )
+    for name, more in ways.items():
         clean, out = folder / "clean", folder / "killed"
-        run, _ = whole_run(command(source, clean, *more), clean)
+        run = whole_run(command(source, clean, *more), clean)
         shutil.rmtree(out, ignore_errors=True)
         moments = []
         for _ in range(KILLS):
             moments.append(killed_at(dice.uniform(0.3, 0.9) * run["seconds"], command(source, out, *more), out))
-        finishing = started(command(source, out, *more), None)
-        if finishing.wait():
-            raise RuntimeError(f"the run in {out} ended with {finishing.returncode}")
+        log = out.with_suffix(".log")
+        finished(started(command(source, out, *more), log), log)
         rows.append({"way": name, "kills": moments, **compared(read_records(clean), read_records(out))})
     return rows
 
 
 def killed_at(seconds: float, arguments: list[str], out: Path) -> dict[str, Any]:
     """Start a run, kill its process group after so many seconds; the parts that were there."""
-    process = started(arguments, None)
+    process = started(arguments, out.with_suffix(".log"))
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -313,13 +207,10 @@ def compared(clean: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[s
 
 def memory(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Resident memory of a plain run at each quarter of its parts, in MB."""
-    out, samples = folder / "memory", []
+    out = folder / "memory"
+    samples: list[tuple[int, float]] = []
 
-    def watch(process: subprocess.Popen) -> list[tuple[int, float]]:
-        samples.append((len(list(out.glob("parts/part-*"))), resident(process.pid)))
-        return samples
-
-    whole_run(command(source, out), out, watch)
+    whole_run(command(source, out), out, watch=lambda process, parts: samples.append((parts, resident(process))))
     parts = max(part for part, _ in samples)
     marks = [max(1, parts * quarter // 4) for quarter in range(1, 5)]
     held = {mark: max((size for part, size in samples if part == mark), default=0.0) for mark in marks}
