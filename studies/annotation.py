@@ -4,8 +4,8 @@
     python -m perceptiondlm.studies.annotation --images 40 --cases speed            # small
 
 The collection: photographs with named regions (a folder of COCO pictures and their region JSON, where `--photos` names
-one) and drawn scenes, 4 to 8 regions each, written as one COCO file. The embedded model captions it with
-`preset="fast"`. Cases:
+one) and drawn scenes, 4 to 8 regions each, written as one COCO file. The drawn world's model captions
+it with `preset="fast"`. Cases:
 
     speed     one image at a time through the pipeline, against whole runs with several batch sizes, plain and on Ray
     bounds    where the time of a run goes: reading, tower, prompts, passes
@@ -45,6 +45,7 @@ from perceptiondlm.serving.annotate.plan import locked, prepare_folder
 from perceptiondlm.serving.annotate.reading import PartReader
 from perceptiondlm.serving.records import read_records
 from perceptiondlm.studies.annotation_runs import (
+    MODEL,
     MOST,
     PART,
     Clock,
@@ -82,7 +83,7 @@ def one_at_a_time(source: Path) -> dict[str, Any]:
 def job_for(source: Path, out: Path, regions_per_batch: int = 32) -> AnnotationJob:
     """The job that the command would make."""
     return AnnotationJob(
-        str(source), str(out), RegionChoice(), generate={"preset": "fast"}, images_per_part=PART,
+        str(source), str(out), RegionChoice(), model=MODEL, generate={"preset": "fast"}, images_per_part=PART,
         regions_per_batch=regions_per_batch,
     )  # fmt: skip
 

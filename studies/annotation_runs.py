@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perceptiondlm.common.json_files import read_json, write_json
+from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.drawn.scenes import draw_scene, scene_annotations
 from perceptiondlm.serving.annotate.results import image_rows
 
@@ -17,7 +18,8 @@ from perceptiondlm.serving.annotate.results import image_rows
 LEAST, MOST = 4, 8  # regions of a picture
 SEED = 3000  # of the drawn scenes
 PART = 16  # images of a part
-SETTINGS = ["--preset", "fast", "--images-per-part", str(PART)]
+MODEL = str(DRAWN_MODEL)
+SETTINGS = ["--model", MODEL, "--preset", "fast", "--images-per-part", str(PART)]
 
 
 # --- the collection ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoProcessor
 
-from perceptiondlm.common.loading import model_path
+from perceptiondlm.common.loading import from_checkpoint, model_path
 from perceptiondlm.common.region_files import read_regions
 from perceptiondlm.images_perceptiondlm import load_image
 from perceptiondlm.regions_perceptiondlm import regions_of
@@ -183,4 +183,4 @@ def measure(
 @lru_cache(maxsize=1)
 def load_processor(path: str) -> Any:
     """The processor of a model, once a process."""
-    return AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    return from_checkpoint(AutoProcessor, path)

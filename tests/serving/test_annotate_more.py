@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from collections_of_scenes import Collection, rles_of
 
+from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.annotate.captioner import batches
@@ -13,7 +14,7 @@ from perceptiondlm.serving.annotate.reading import PreparedImage
 from perceptiondlm.serving.records import read_records
 
 
-QUICK = ["--steps", "2", "--max-new-tokens", "8", "--images-per-part", "2"]
+QUICK = ["--model", str(DRAWN_MODEL), "--steps", "2", "--max-new-tokens", "8", "--images-per-part", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from datasets import load_dataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.common.region_files import read_regions
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.annotate import publishing
@@ -22,7 +23,7 @@ from perceptiondlm.serving.records import REGION_SCHEMA, read_records
 
 
 COUNT = 9
-FAST = ["--preset", "fast", "--regions-per-batch", "16", "--images-per-part", "2"]
+FAST = ["--model", str(DRAWN_MODEL), "--preset", "fast", "--regions-per-batch", "16", "--images-per-part", "2"]
 
 
 @pytest.fixture(scope="module")
