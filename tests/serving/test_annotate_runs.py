@@ -107,7 +107,7 @@ def test_a_finished_run_does_nothing_again_and_refuses_another_question(clean, c
     before = {path: path.stat().st_mtime_ns for path in clean.glob("data/*")}
     assert main(["annotate", coco, "--out", str(clean), *FAST, "--tokens"]) == 0
     assert {path: path.stat().st_mtime_ns for path in clean.glob("data/*")} == before
-    assert main(["annotate", coco, "--out", str(clean), "--preset", "fast", "--steps", "4", "--tokens"]) == 2
+    assert main(["annotate", coco, "--out", str(clean), *FAST, "--steps", "4", "--tokens"]) == 2
     assert "was asked something else (generate:" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in clean.glob("data/*")} == before
 
