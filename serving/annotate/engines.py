@@ -24,7 +24,7 @@ from perceptiondlm.serving.annotate.reading import PartReader
 
 ENGINES = ("auto", "local", "ray")
 INSTALL = 'annotating on Ray needs ray: pip install "perceptiondlm[ray]"'
-READING_CPUS = 1.0  # of a reading task; other than an actor's, or Ray would make one step of the two
+READING_CPUS = 0.25  # slots of a reading task; as many run as whole CPUs are left, since each is a process
 MOST_BLOCKS = 2000  # of the list of parts
 
 
@@ -54,8 +54,8 @@ class Engine:
         for name, value in (("actors", self.actors), ("workers", self.workers)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.cpus_per_actor <= 0 or (self.gpus_per_actor or 0) < 0:
-            raise ValueError("--cpus-per-actor must be above 0, and --gpus-per-actor not negative")
+        if self.cpus_per_actor <= READING_CPUS or (self.gpus_per_actor or 0) < 0:
+            raise ValueError(f"--cpus-per-actor must be above {READING_CPUS}, and --gpus-per-actor not negative")
         if self.name == "local" and (self.address or (self.actors or 1) > 1):
             raise ValueError("--address and several --actors need --engine ray")
         if self.wants_ray and importlib.util.find_spec("ray") is None:
@@ -119,7 +119,7 @@ def run_on_ray(job: AnnotationJob, numbers: Sequence[int], progress: Progress, e
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address=engine.address or "local", log_to_driver=False, include_dashboard=False)
+        ray.init(engine.address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
     try:
         _run_on_cluster(job, numbers, progress, engine, ray)
     finally:
@@ -147,8 +147,8 @@ def _run_on_cluster(job: AnnotationJob, numbers: Sequence[int], progress: Progre
     packed = pickle.dumps(job)
     blocks = min(len(numbers), MOST_BLOCKS)
     parts = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=blocks)
-    reading = READING_CPUS if engine.cpus_per_actor != READING_CPUS else READING_CPUS / 2
-    read = parts.map(read_row, fn_kwargs={"job": packed}, num_cpus=reading)
+    readers = ray.data.TaskPoolStrategy(size=max(1, int(free)))
+    read = parts.map(read_row, fn_kwargs={"job": packed}, num_cpus=READING_CPUS, compute=readers)
     done = read.map_batches(
         CaptioningActor,
         batch_size=1,
