@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from perceptiondlm.common.loading import from_checkpoint, model_path
 from perceptiondlm.common.region_files import read_regions
-from perceptiondlm.images_perceptiondlm import load_image
+from perceptiondlm.images_perceptiondlm import read_image
 from perceptiondlm.regions_perceptiondlm import regions_of
 from perceptiondlm.samples_perceptiondlm import BAD_SAMPLE
 from perceptiondlm.serving.annotate.job import AnnotationJob
@@ -92,8 +92,10 @@ class PartReader:
         try:
             if loaded.error is not None:
                 raise ValueError(loaded.error)
-            picture = load_image(loaded.image, "image", self.job.exif)
+            picture, turned = read_image(loaded.image, "image", self.job.exif)
             prepared.record |= {"width": picture.width, "height": picture.height}
+            if turned != 1 and self.job.regions.where != "segmenter":
+                prepared.record["turned"] = turned  # nobody has said which picture the regions refer to
             if self.segmenter is None:
                 prepared.picture = picture
                 prepared.found = self.given(loaded, picture, prepared)  # boxes for the segmenter

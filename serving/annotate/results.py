@@ -31,19 +31,25 @@ ROWS_AT_ONCE = 1_000
 
 @dataclass
 class Totals:
-    """What a finished run holds."""
+    """What a finished run holds; `turned`: pictures with an EXIF orientation of which `exif` says nothing."""
 
     images: int
     regions: int
     failed_images: int
     failed_regions: int
+    turned: int = 0
 
     def sentence(self) -> str:
         """For people."""
-        failed = f"; failed: {self.failed_images} images, {self.failed_regions} regions (failures.jsonl)"
-        return f"{self.regions} regions of {self.images} images" + (
-            failed if self.failed_images + self.failed_regions else ""
-        )
+        text = f"{self.regions} regions of {self.images} images"
+        if self.failed_images + self.failed_regions:
+            text += f"; failed: {self.failed_images} images, {self.failed_regions} regions (failures.jsonl)"
+        if self.turned:
+            text += (
+                f"; {self.turned} pictures carry an EXIF orientation, and their regions were taken to refer to the "
+                "pixels as stored: --exif stored says so, --exif applied the contrary"
+            )
+        return text
 
 
 class ParquetWriter:
@@ -112,7 +118,7 @@ def merged(plan: Plan) -> dict[str, int]:
     for aside in asides.values():
         shutil.rmtree(aside, ignore_errors=True)
     regions, images = ParquetWriter(asides["data"], REGION_SCHEMA), ParquetWriter(asides["images"], IMAGE_SCHEMA)
-    totals = {"images": 0, "regions": 0, "failed_images": 0, "failed_regions": 0}
+    totals = {"images": 0, "regions": 0, "failed_images": 0, "failed_regions": 0, "turned": 0}
     failures = folder / "parts" / ".failures.jsonl"
     with failures.open("w", encoding="utf-8") as stream:
         for number in range(len(plan)):
@@ -128,6 +134,7 @@ def merged(plan: Plan) -> dict[str, int]:
                 stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
             totals["images"] += len(said["images"])
             totals["regions"] += len(table)
+            totals["turned"] += sum("turned" in entry for entry in said["images"])
     regions.close()
     images.close()
     for name, aside in asides.items():

@@ -146,6 +146,23 @@ def test_files_of_others_are_left_alone(name, collection, tmp_path, capsys):
     assert "lies in the source" in capsys.readouterr().err
 
 
+def test_pictures_that_may_be_turned_are_counted(tmp_path, capsys):
+    """An EXIF orientation that nobody has decided about is said at the end, and is not when somebody has."""
+    photo = Image.new("RGB", (64, 48), "red")
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    photo.save(tmp_path / "photos" / "a.jpg", exif=exif)
+    (tmp_path / "boxes").mkdir()
+    (tmp_path / "boxes" / "a.json").write_text("[[4, 4, 40, 40]]")
+    quick = ["--model", str(DRAWN_MODEL), "--steps", "1", "--max-new-tokens", "2"]
+    for name, more, said in (("open", [], True), ("told", ["--exif", "applied"], False)):
+        source = ["annotate", str(tmp_path / "photos"), "--boxes", str(tmp_path / "boxes")]
+        assert main([*source, "--out", str(tmp_path / name), *quick, *more]) == 0
+        assert ("1 pictures carry an EXIF orientation" in capsys.readouterr().out) == said
+    assert (read_records(tmp_path / "open")[0]["width"], read_records(tmp_path / "told")[0]["width"]) == (64, 48)
+
+
 def test_publishing_sends_results_and_card(clean, monkeypatch):
     sent = {}
 
