@@ -1,7 +1,9 @@
 """Whole runs of `perceptiondlm annotate`: what is written, what is refused, and what a killed run leaves."""
 
+import argparse
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from collections_of_scenes import Collection
 from datasets import load_dataset
 from PIL import Image
@@ -17,8 +20,13 @@ from pycocotools import mask as coco_mask
 
 from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.common.region_files import read_regions
+from perceptiondlm.scripts.annotate import add_arguments, job_of
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.annotate import publishing
+from perceptiondlm.serving.annotate.engines import CaptioningActor, read_row
+from perceptiondlm.serving.annotate.plan import locked, prepare_folder
+from perceptiondlm.serving.annotate.results import finish
+from perceptiondlm.serving.annotate.sources import settled
 from perceptiondlm.serving.records import REGION_SCHEMA, read_records
 
 
@@ -221,6 +229,26 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_region(clean, collec
     assert main(["annotate", str(coco), "--out", str(out), *FAST, "--tokens"]) == 0
     assert comparable(out) == comparable(clean)
     assert not (out / "parts").exists()
+
+
+def test_ray_steps_do_what_the_plain_path_does(clean, collection, tmp_path):
+    """The functions that Ray is given, called as it calls them: parts go as bytes from readers to actors."""
+    coco = collection.folder / "pictures" / "regions.json"
+    out = tmp_path / "out"
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    job = settled(job_of(parser.parse_args([str(coco), "--out", str(out), *FAST, "--tokens"])))
+    with locked(out):
+        plan = prepare_folder(job)
+    packed, threads = pickle.dumps(job), torch.get_num_threads()
+    actor = CaptioningActor(packed, cpus=0.5)
+    torch.set_num_threads(threads)
+    for number in reversed(range(len(plan))):  # in any order
+        row = read_row({"part": np.int64(number)}, packed)
+        told = actor({name: np.array([value], dtype=object) for name, value in row.items()})
+        assert (told["part"], told["images"]) == ([number], [plan.counts[number]])
+    finish(plan)
+    assert comparable(out) == comparable(clean)
 
 
 def test_ray_writes_the_same_records_with_two_actors(clean, collection, tmp_path):
