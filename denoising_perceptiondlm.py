@@ -121,6 +121,28 @@ class Denoiser:
             settings.sampler, len(canvas.ids), settings.threshold, settings.entropy_bound, generator
         )
         self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.threshold, self.begun = settings.threshold, False
+
+    def start_from(self, draft_AG: torch.Tensor) -> None:
+        """Decide the slots of a draft that the model confirms, in two passes.
+
+        Each half of a draft's slots is predicted from the other half; what is predicted as it stands there, with at
+        least the threshold's probability, is decided. Slots of mask tokens are open.
+        """
+        even_G = torch.arange(draft_AG.shape[1], device=self.device) % 2 == 0
+        for half_G in (even_G, ~even_G):
+            shown = draft_AG.masked_fill(half_G, self.canvas.mask_token_id)
+            hidden_AHD = self.passes(shown)[:, half_G.to(draft_AG.device)]
+            scored = self.choose_tokens.score(hidden_AHD.flatten(0, 1), self.head, self.vocabulary)
+            tokens, confidence = (values.to(self.device).view(hidden_AHD.shape[:2]) for values in scored[:2])
+            self.broken |= confidence.isnan().any()
+            kept = (tokens == draft_AG[:, half_G]) & (confidence >= self.threshold)
+            self.canvas.ids[:, half_G] = torch.where(kept, tokens, self.canvas.mask_token_id)
+            self.canvas.confidence[:, half_G] = torch.where(kept, confidence, 0.0)
+            self.canvas.decided[:, half_G] = kept
+        if self.policy.closes:
+            self.canvas.close(self.end_ids, self.end_ids[-1], self.policy.closes_together)
+        self.begun = True
 
     def steps(self) -> Iterator[None]:
         """Run the steps; yields after each."""
@@ -143,7 +165,7 @@ class Denoiser:
         Where answers run ahead of their schedule the device is asked for them, once; elsewhere their number is known.
         """
         policy, canvas = self.policy, self.canvas
-        if self.policy.runs_ahead and (step or block.start):
+        if self.policy.runs_ahead and (step or block.start or self.begun):
             state = torch.cat(((~canvas.decided[:, block]).flatten(), self.broken[None])).tolist()
             if state.pop():
                 raise ValueError(BROKEN)

@@ -74,6 +74,7 @@ class PerceptionDLMGenerationMixin:
         streamer: Any | None = None,
         use_cache: bool = True,
         encoded_image: EncodedImage | None = None,
+        draft: torch.Tensor | None = None,
         return_dict_in_generate: bool = True,
         **kwargs: Any,
     ) -> PerceptionDLMGenerationOutput | torch.Tensor:
@@ -92,6 +93,9 @@ class PerceptionDLMGenerationMixin:
             use_cache: keep the prompt's keys and values between passes: exactly in the isolated layout, and elsewhere
                 with a `refresh_interval` above 1.
             encoded_image: an `EncodedImage` instead of `pixel_values`.
+            draft: (A, G) ids of earlier answers about the same regions, such as `sequences` of another frame; mask
+                tokens where there is none. Slots that the model confirms, in two passes, keep their tokens; the others
+                are denoised. Saves passes with an adaptive sampler; an answer then depends on its draft, too.
             return_dict_in_generate: False returns prompts and answers as one tensor (A, L + G), as other models do.
         Raises:
             ValueError: for unknown keywords, settings out of range, inputs that do not fit together, and logits that
@@ -111,16 +115,20 @@ class PerceptionDLMGenerationMixin:
         canvas = Canvas.blank(len(row_A), settings.max_new_tokens, self.config.mask_token_id, input_ids.device)
         samples_A = rows if sample_ids is None else sample_ids[rows]
         order = caller_order(samples_A, region_order)
+        drafts = None if draft is None else checked_draft(draft, canvas, order)
         # 3. denoise, round by round, step by step
         passes = 0
         for chosen, last in inputs.rounds(None if sample_ids is None else sample_ids.tolist()):
             answers = torch.tensor([a for a, row in enumerate(row_A) if row in chosen], device=input_ids.device)
             part = canvas.rows(answers)
             denoiser = self._denoiser(inputs.rows(chosen), images, part, settings, use_cache, generator)
+            if drafts is not None:
+                denoiser.start_from(drafts[answers])
             for _ in denoiser.steps():
                 canvas.put(answers, part)
                 if streamer is not None:
                     streamer.put_draft(canvas.ids[order].cpu())
+            canvas.put(answers, part)
             denoiser.check()
             passes += denoiser.passes.count
             for image in last:
@@ -219,6 +227,18 @@ def ended(ids_AG: torch.Tensor, end_of_turn: int, end_of_text: int) -> torch.Ten
     """Answers (A, G) with nothing but `end_of_text` behind the first token that ends each."""
     ends = (ids_AG == end_of_turn) | (ids_AG == end_of_text)
     return ids_AG.masked_fill(ends.cumsum(dim=1) - ends.long() > 0, end_of_text)
+
+
+def checked_draft(draft_AG: torch.Tensor, canvas: Canvas, order_A: torch.Tensor) -> torch.Tensor:
+    """A draft in the caller's order brought to that of the canvas; refused where it has another shape."""
+    if draft_AG.shape != canvas.ids.shape or draft_AG.dtype != canvas.ids.dtype:
+        raise ValueError(
+            f"draft is {draft_AG.dtype} {tuple(draft_AG.shape)}; accepted: {canvas.ids.dtype} "
+            f"{tuple(canvas.ids.shape)} (answers, max_new_tokens)"
+        )
+    placed = torch.empty_like(canvas.ids)
+    placed[order_A] = draft_AG.to(canvas.ids.device)
+    return placed
 
 
 def caller_order(samples_A: torch.Tensor, region_order: torch.Tensor | None) -> torch.Tensor:

@@ -192,7 +192,9 @@ class RegionCaptioningPipeline(Pipeline):
             regions = sample.get(form)
             if finding.by_itself or (finding.segmenter is not None and form in FOUND_FROM):
                 image = self._picture(image, settings)
-                prepared.found = finding.regions(image, **{form: regions} if form else {}, labels=sample.get("point_labels"))
+                prepared.found = finding.regions(
+                    image, **{form: regions} if form else {}, labels=sample.get("point_labels")
+                )
                 form, regions = "masks", [region.mask for region in prepared.found]
             prepared.text = sample.get("text") or self.processor.region_question
             prepared.encoded_image = image if is_encoded(image) else None

@@ -124,7 +124,9 @@ def _points_of(entry: Any, size: tuple[int, int], name: str) -> list[tuple[float
             raise ValueError(f"{name} is {short(pair)}; accepted: {POINT_FORMS}")
         x, y = float(pair[0]), float(pair[1])
         if not (math.isfinite(x) and math.isfinite(y) and 0 <= x < size[1] and 0 <= y < size[0]):
-            raise ValueError(f"{name} is at ({x:g}, {y:g}), outside of the image, {size[1]} x {size[0]} (width x height)")
+            raise ValueError(
+                f"{name} is at ({x:g}, {y:g}), outside of the image, {size[1]} x {size[0]} (width x height)"
+            )
         points.append((x, y))
     return points
 

@@ -1,6 +1,6 @@
 """Where a label goes on a picture: near its region, on no region and no other label where there is room.
 
-A coarse grid remembers what is covered. Shape legend: R x C its cells, A x B the upper left cells that a label can have.
+A coarse grid remembers what is covered. Shape legend: R x C its cells, A x B the places of a label's upper left cell.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from PIL import Image
 
 
 CELLS = 128  # of the grid along the longer side
-ON_LABEL, ON_REGION, AWAY = 20.0, 4.0, 2.0  # costs: whole label on others, on regions; as far away as the picture is long
+ON_LABEL, ON_REGION, AWAY = (
+    20.0,
+    4.0,
+    2.0,
+)  # costs: whole label on others, on regions; as far away as the picture is long
 
 
 @dataclass

@@ -7,14 +7,14 @@ import numpy as np
 
 # Told apart under normal sight, protanopia, deuteranopia and tritanopia, each at least 3:1 against white.
 PALETTE = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 121, 90),
-    (170, 51, 119),
-    (51, 34, 136),
-    (120, 94, 60),
-    (0, 150, 200),
-    (90, 90, 90),
+    (71, 73, 197),  # blue
+    (252, 71, 90),  # red
+    (43, 155, 138),  # teal
+    (144, 109, 0),  # ochre
+    (121, 18, 101),  # plum
+    (22, 76, 33),  # dark green
+    (189, 110, 197),  # lilac
+    (85, 85, 85),  # grey
 )
 
 

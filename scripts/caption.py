@@ -1,7 +1,8 @@
-"""`perceptiondlm caption`: caption regions of image files, print them, write JSON and annotated pictures."""
+"""`perceptiondlm caption`: caption regions of image or video files, print them, write JSON and annotated pictures."""
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from perceptiondlm.scripts.caption_outputs import append_result, check_outputs, 
 from perceptiondlm.serving.attributes import Attribute, ask_attributes, parse_attributes
 
 
+VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, or videos with the masks of a tracker")
     regions = parser.add_mutually_exclusive_group(required=True)
     regions.add_argument(
         "--masks",
         nargs="+",
         help="one image: mask pictures, or one file (.npy, .npz, .json with RLEs, polygons, COCO, LabelMe or Label "
-        "Studio, .xml of CVAT, .txt of YOLO); several images: one such file for each, or one about all of them",
+        "Studio, .xml of CVAT, .txt of YOLO); several images: one such file for each, or one about all of them; "
+        "videos: masklets for each (SA-V or YouTube-VIS .json, label maps)",
     )
     regions.add_argument("--boxes", nargs="+", help="x0,y0,x1,y1 in pixels, or such files")
     regions.add_argument("--label-map", nargs="+", help="one integer label map per image: picture, .npy or .npz")
@@ -45,12 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="skip",
         help="an image that cannot be read: caption the others and name it at the end, or stop",
     )
+    parser.add_argument("--every", type=float, default=2.0, help="videos: seconds between the key frames of a shot")
     parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")
     add_model_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Caption all images, one by one, in the order given; what is wrong with the outputs is said before."""
+    videos = [path for path in options.images if path.suffix.lower() in VIDEOS]
+    if videos:
+        if len(videos) < len(options.images) or options.masks is None:
+            raise ValueError("videos are captioned by themselves, with --masks: a tracker's masklets for each")
+        import_module("perceptiondlm.scripts.caption_video").run_videos(options)  # needs PyAV
+        return
     attributes = parse_attributes(options.attributes) if options.attributes is not None else []
     jobs = plan_jobs(options)
     check_outputs(options, jobs)

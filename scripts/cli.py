@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         module.run(options)
-    except (ValueError, TypeError, OSError, JudgeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, JudgeError) as error:
         print(f"perceptiondlm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -102,7 +102,7 @@ def load_segmenter(name: str, device: str | None = None, **options: Any) -> Segm
         from perceptiondlm.serving.segmenters.classical import ClassicalSegmenter
 
         return ClassicalSegmenter(**options)
-    from perceptiondlm.serving.segmenters.sam import load_sam
+    from perceptiondlm.serving.segmenters.models import load_sam
 
     return load_sam(name, device, **options)
 

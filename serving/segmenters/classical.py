@@ -42,15 +42,15 @@ class ClassicalSegmenter:
 
     def __init__(
         self, working_side: int = 384, superpixels: int = 400, least_share: float = 0.002,
-        least_contrast: float = 0.3, most_regions: int = 64,
+        least_contrast: float = 0.45, most_regions: int = 64,
     ):  # fmt: skip
         counts = {"working_side": working_side, "superpixels": superpixels, "most_regions": most_regions}
         for name, value in counts.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, value in {"least_share": least_share, "least_contrast": least_contrast}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+        for name, share in {"least_share": least_share, "least_contrast": least_contrast}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {share!r}")
         self.working_side, self.superpixels, self.most_regions = working_side, superpixels, most_regions
         self.least_share, self.least_contrast = least_share, least_contrast
         self._last: tuple[bytes, MergeTree] | None = None
@@ -60,7 +60,8 @@ class ClassicalSegmenter:
         tree = self._tree(image)
         nodes = tree.best_partition(self.least_share, LARGEST_SHARE, self.least_contrast)
         nodes = sorted(nodes, key=lambda node: -tree.areas_M[node])[: self.most_regions]
-        return [self._found(tree, tree.members_MS[node], image, tree.contrast_M[node]) for node in nodes]
+        found = [self._found(tree, tree.members_MS[node], image, tree.contrast_M[node]) for node in nodes]
+        return sorted(found, key=lambda region: -region.area)
 
     def at_boxes(self, image: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> list[FoundRegion]:
         """What differs from the surroundings of each box, inside it; the box itself where hardly anything does."""

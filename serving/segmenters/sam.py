@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForMaskGeneration
+from transformers import AutoModelForMaskGeneration
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES as MASK_MODELS
 
 from perceptiondlm.common.loading import torch_device
 from perceptiondlm.serving.found import FoundRegion
 from perceptiondlm.serving.segmenters.sam_pictures import Frame, PictureSettings
 
 
-TEXT_MODELS = ("sam3", "sam3_video")
 STABILITY_OFFSET = 1.0  # by which the threshold moves, in logits
 
 
@@ -148,28 +146,9 @@ class SamSegmenter:
         return last[1]
 
 
-def load_sam(name: str, device: str | None = None, **options: Any):
-    """The segmenter of a Hub id or folder; see `load_segmenter`."""
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"segmenter {name!r} cannot be loaded ({error}); accepted: 'classical', 'none', or the Hub id or folder of "
-            "a SAM, SAM 2, SAM 3 or other mask-generation model of transformers"
-        ) from error
-    if kind in TEXT_MODELS:
-        from perceptiondlm.serving.segmenters.sam3 import Sam3Segmenter
-
-        return Sam3Segmenter(name, device, has_tracker=kind in MASK_MODELS, **options)
-    if kind not in MASK_MODELS:
-        accepted = sorted({*MASK_MODELS, *TEXT_MODELS})
-        raise ValueError(f"segmenter {name!r} is a model of type {kind!r}; accepted: {', '.join(accepted)}")
-    return SamSegmenter(name, device, **options)
-
-
 def default_device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def picture_key(image: Image.Image) -> bytes:

@@ -46,15 +46,14 @@ class PictureSettings:
         size, pad = settings.get("size") or {}, settings.get("pad_size") or {}
         longest = size.get("longest_edge")
         whole = pad if longest else size
-        colours = [settings.get(key) for key in ("image_mean", "image_std")]
-        if not all(key in whole for key in ("height", "width")) or None in colours:
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+        if not all(key in whole for key in ("height", "width")) or mean is None or std is None:
             known = {key: settings.get(key) for key in ("size", "pad_size", "image_mean", "image_std")}
             raise ValueError(
                 f"the image processor settings of {name} are {known}; accepted: size with height and width, or size "
                 "with longest_edge and pad_size, and image_mean and image_std"
             )
-        mean, std = (tuple(colour) for colour in colours)
-        return cls(longest, (whole["height"], whole["width"]), mean, std, settings.get("resample", 2))
+        return cls(longest, (whole["height"], whole["width"]), tuple(mean), tuple(std), settings.get("resample", 2))
 
     def frame(self, size: tuple[int, int]) -> Frame:
         """Where an image of (H, W) lies in the model's input."""
@@ -67,8 +66,8 @@ class PictureSettings:
         """An RGB image as float32 (1, 3, P, Q); padding is 0 after normalising."""
         frame = self.frame((image.height, image.width))
         (seen_h, seen_w), (height, width) = frame.seen, frame.whole
-        values_hw3 = np.asarray(image.resize((seen_w, seen_h), Image.Resampling(self.resample)), dtype=np.float32)
-        values_hw3 = (values_hw3 / 255 - np.float32(self.mean)) / np.float32(self.std)
+        values_hw3 = np.asarray(image.resize((seen_w, seen_h), Image.Resampling(self.resample))) / np.float32(255)
+        values_hw3 = (values_hw3 - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         pixels_3hw = torch.from_numpy(values_hw3).permute(2, 0, 1)
         return F.pad(pixels_3hw, (0, width - seen_w, 0, height - seen_h))[None].contiguous()
 

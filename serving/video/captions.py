@@ -6,6 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
@@ -15,8 +17,8 @@ from perceptiondlm.serving.video.plan import Look, plan_looks
 
 
 def caption_video(
-    pipe: Pipeline, path: str | Path, masklets: Any, *, every: float = 2.0, gap: float = 0.5, progress: bool = False,
-    **keywords: Any,
+    pipe: Pipeline, path: str | Path, masklets: Any, *, every: float = 2.0, gap: float = 0.5, drafts: bool = False,
+    progress: bool = False, **keywords: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Caption the objects of a video, each key frame encoded once.
 
@@ -26,8 +28,10 @@ def caption_video(
         masklets: what `masklets_of` takes, or `read_masklets` gives; frames are numbered from 0, in decoding order.
         every: seconds between the key frames of a shot.
         gap: seconds that an object may be away before it appears anew.
+        drafts: start from an object's caption in the key frame before, within a shot; see docs/prompts.md for what it
+            saves. Captions then depend on earlier key frames, too.
         progress: show a bar of key frames.
-        keywords: of the pipeline's call, such as `preset="fast"`.
+        keywords: settings of decoding, `text` and `max_regions_per_pass` of the pipeline, such as `preset="fast"`.
 
     Returns:
         one entry per object and span, ordered by `start`: `object` (its name), `start` and `end` (seconds), `caption`,
@@ -51,11 +55,37 @@ def caption_video(
     looks = plan_looks(times, objects, every, gap)
     by_frame = {frame: list(group) for frame, group in groupby(looks, key=lambda look: look.frame)}
     found: list[tuple[Look, dict[str, Any]]] = []
-    frames = tqdm(pictures(path, by_frame), "key frames", len(by_frame), disable=not progress)
-    for frame, picture in frames:
+    captioner = _KeyFrames(pipe, drafts, keywords)
+    for frame, picture in tqdm(pictures(path, by_frame), "key frames", len(by_frame), disable=not progress):
         masks = [objects[look.masklet].regions[frame].mask for look in by_frame[frame]]
-        found += zip(by_frame[frame], pipe(picture, masks=masks, **keywords), strict=True)
+        found += zip(by_frame[frame], captioner.caption(picture, masks, by_frame[frame]), strict=True)
     return [_entry(objects[number].name, spans) for number, spans in merged(found)]
+
+
+class _KeyFrames:
+    """Captions the regions of one key frame after the other."""
+
+    def __init__(self, pipe: Pipeline, drafts: bool, keywords: dict[str, Any]):
+        self.pipe, self.drafts = pipe, drafts
+        self.question = keywords.pop("text", None) or pipe.processor.region_question
+        self.preprocess, forward, _ = pipe._sanitize_parameters(**keywords)
+        self.settings = {**pipe._forward_params, **forward}
+        self.last: dict[tuple[int, int], torch.Tensor] = {}  # ids of the caption of an object in a shot
+
+    def caption(self, picture: Image.Image, masks: list[Any], looks: list[Look]) -> list[dict[str, Any]]:
+        """What the pipeline says of the regions of a picture."""
+        processor = self.pipe.processor
+        passes = processor.region_passes(picture, "masks", masks, **self.preprocess)
+        inputs = dict(processor.collate(processor.lay_out(passes, self.question, 0)))
+        drafts = [self.last.get((look.masklet, look.shot)) for look in looks] if self.drafts else []
+        known = next((draft for draft in drafts if draft is not None), None)
+        if known is not None:
+            blank = torch.full_like(known, self.pipe.model.config.mask_token_id)
+            inputs["draft"] = torch.stack([blank if draft is None else draft for draft in drafts])
+        outputs = self.pipe.forward(inputs, **self.settings)
+        for look, ids in zip(looks, outputs["output"].sequences, strict=True):
+            self.last[look.masklet, look.shot] = ids
+        return self.pipe.postprocess(outputs, 1)[0]
 
 
 def merged(found: list[tuple[Look, dict[str, Any]]]) -> list[tuple[int, list[tuple[Look, dict[str, Any]]]]]:

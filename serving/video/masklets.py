@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 from perceptiondlm.common.json_files import read_json
+from perceptiondlm.coverage_perceptiondlm import decode_counts
 from perceptiondlm.regions_perceptiondlm import regions_of, short
 from perceptiondlm.serving.found import FoundRegion
 
 
 FORMS = (
-    "a dict of object to masks (a dict of frame number to mask, or a list with a mask or None per frame), or label maps "
-    "(T, H, W) of whole numbers, 0 being background"
+    "a dict of object to masks (a dict of frame number to mask, or a list with a mask or None per frame), or label "
+    "maps (T, H, W) of whole numbers, 0 being background"
 )
 PICTURES = (".png", ".bmp", ".tif", ".tiff")  # label maps; lossy formats hold none
 
@@ -126,13 +127,20 @@ def _region(mask: Any, size: tuple[int, int] | None, place: str) -> FoundRegion 
     own = mask.get("size") if isinstance(mask, Mapping) else np.shape(mask)[-2:] if hasattr(mask, "__array__") else size
     if own is None:
         raise ValueError(f"{place}: the mask does not tell its size; accepted: RLEs and arrays, others with the video")
-    if hasattr(mask, "__array__") and not np.asarray(mask).any():
+    if _shows_nothing(mask, place):
         return None
-    if isinstance(mask, Mapping) and mask.get("counts") and not isinstance(mask["counts"], str):
-        if len(mask["counts"]) == 1:  # zeros alone
-            return None
     regions = list(regions_of((int(own[0]), int(own[1])), masks=[mask], name=place))
     return FoundRegion.of_region(regions[0])
+
+
+def _shows_nothing(mask: Any, place: str) -> bool:
+    """Whether a mask has no pixel, as trackers write it for frames where an object is out of sight."""
+    if hasattr(mask, "__array__"):
+        return not np.asarray(mask).any()
+    counts = mask.get("counts") if isinstance(mask, Mapping) else None
+    if isinstance(counts, (str, bytes)):
+        counts = decode_counts(counts, place)
+    return counts is not None and not any(counts[1::2])
 
 
 def _of_label_maps(frames: Iterable[tuple[int, np.ndarray]]) -> list[Masklet]:

@@ -191,3 +191,12 @@ def test_sam_masks_go_in_as_they_are(tiny_sam):
     assert count == 48
     assert len(lines) == count
     assert all("(" in line and len(line.split(")  ", 1)[1]) > 5 for line in lines)
+
+
+def test_regions_are_found_and_captioned(tmp_path):
+    pytest.importorskip("skimage", reason="the classical segmenter needs scikit-image")
+    printed = run("find_and_caption", EXAMPLES / "scene.png", "--out", tmp_path / "found.png").splitlines()
+    assert len(printed) > 3
+    assert all(0 <= float(line.split()[0]) <= 1 for line in printed)
+    with Pillow.open(tmp_path / "found.png") as picture, Pillow.open(EXAMPLES / "scene.png") as scene:
+        assert picture.width > scene.width

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import pipeline
 
 from perceptiondlm.drawn.scenes import write_scenes
 from perceptiondlm.evaluation.benchmarks import load_benchmark
@@ -70,6 +71,19 @@ def test_captioning_page_runs_from_top_to_bottom(monkeypatch):
     assert [len(regions) for regions in found["pipe"]([image] * 2, masks=[masks, masks[:1]])] == [6, 1]
     assert next(found["dataset"], None) is None  # the loop over the data set has read it to its end
     assert found["encoded"].num_bytes > 0
+
+
+def test_prompts_page_runs_with_the_classical_segmenter(monkeypatch):
+    """All but the lines that name published weights, and the video, which tests/serving/test_video.py covers."""
+    pytest.importorskip("skimage", reason="the classical segmenter needs scikit-image")
+    monkeypatch.chdir(ROOT)
+    masks = [region["mask_rle"] for region in json.loads(Path("examples/scene_masks.json").read_text())["annotations"]]
+    found = {"image": Image.open("examples/scene.png"), "masks": masks}
+    found["pipe"] = pipeline("region-captioning", model=".", trust_remote_code=True)
+    for snippet in blocks(ROOT / "docs" / "prompts.md", "python"):
+        if "clip.mp4" not in snippet:
+            exec("\n".join(line for line in snippet.splitlines() if "facebook/" not in line), found)
+    assert len(found["captions"]) == len(found["regions"]) == 2
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

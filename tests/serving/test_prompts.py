@@ -1,5 +1,8 @@
 """Prompts of every kind become regions: what goes together, in which order, and what is refused."""
 
+import sys
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +150,22 @@ def test_an_object_without_the_methods_is_no_segmenter():
 def test_prompts_can_be_kept_and_asked_later():
     prompts = RegionPrompts(points=[(10, 10)])
     assert prompts.find(IMAGE, Squares())[0].box == (7, 7, 14, 14)
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "load", "extra"),
+    [
+        ("skimage", "segmenters.merge_tree", lambda: load_segmenter("classical"), "segment"),
+        ("av", "video.frames", lambda: import_module("perceptiondlm.serving.video"), "video"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_install_line(monkeypatch, package, module, load, extra):
+    for name in [name for name in sys.modules if name.startswith("perceptiondlm.serving.")]:
+        if module.split(".")[0] in name:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'pip install "perceptiondlm\[{extra}\]"'):
+        load()
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from PIL import Image
 from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
@@ -18,7 +17,8 @@ SIDE = 64  # pixels of the tiny models' input
 DECODER = {
     "hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
 }  # fmt: skip
-SQUARE = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SQUARE = {"size": {"height": SIDE, "width": SIDE}, **COLOURS}
 PADDED = {**SQUARE, "size": {"longest_edge": SIDE}, "pad_size": {"height": SIDE, "width": SIDE}, "resample": 2}
 LOOSE = {"points_per_side": 4, "prompts_per_pass": 5, "least_score": -1e9, "least_stability": 0.0, "least_share": 0.0}
 
@@ -29,7 +29,16 @@ def picture(width: int = 90, height: int = 50) -> Image.Image:
 
 
 def saved(model, folder, settings) -> str:
-    randomize(model)
+    """A model with seeded weights, large enough that masks depend on prompts, and its picture settings, in a folder."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim < 2:
+                noise = 0.1 * noise + float("norm" in name and name.endswith("weight"))
+            elif "embed" not in name:
+                noise = noise / weight[0].numel() ** 0.5
+            weight.copy_(noise)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return str(folder)
@@ -49,9 +58,9 @@ def sam(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
     backbone = {
-        "hidden_size": 8, "num_attention_heads": 1, "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 1, 1, 1],
+        "hidden_size": 8, "num_attention_heads": 1, "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 1, 2, 1],
         "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
-        "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [2], "patch_kernel_size": [7, 7],
+        "window_size_per_stage": [8, 4, 4, 2], "global_attention_blocks": [3], "patch_kernel_size": [7, 7],
         "patch_stride": [4, 4], "patch_padding": [3, 3], "query_stride": [2, 2],
         "window_positional_embedding_background_size": [4, 4], "model_type": "sam2_hiera_det_model",
     }  # fmt: skip
