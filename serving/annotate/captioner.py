@@ -99,7 +99,8 @@ class Captioner:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            torch.accelerator.empty_cache()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
             self.limit = min(self.limit, max(1, sum(len(images[place].found) for place in batch) // 2))
             logger.warning("a batch did not fit into memory: %s regions at a time from now on", self.limit)
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from collections_of_scenes import Collection, rles_of
 
 from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.scripts.cli import main
-from perceptiondlm.serving.annotate.captioner import batches
+from perceptiondlm.serving.annotate.captioner import Captioner, batches
 from perceptiondlm.serving.annotate.reading import PreparedImage
 from perceptiondlm.serving.records import read_records
 
@@ -90,3 +91,39 @@ def test_batches_hold_regions_not_images():
     large = [batch for batch in batches(images, 2) if sum(len(images[place].found) for place in batch) > 2]
     assert large
     assert all(len(batch) == 1 for batch in large)  # an image of more regions than fit is a batch by itself
+
+
+def captioner_that(generate) -> Captioner:
+    """A captioner whose model is a function of images."""
+    captioner = Captioner.__new__(Captioner)
+    captioner.limit, captioner.went_through, captioner._generate = 8, False, generate
+    return captioner
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved():
+    images = [PreparedImage({"id": str(number)}, found=[None]) for number in range(8)]
+
+    def generate(chosen):
+        if len(chosen) > 2:
+            raise torch.OutOfMemoryError
+        return [[{"caption": image.record["id"]}] for image in chosen]
+
+    captioner = captioner_that(generate)
+    answers = dict(captioner._answers(images, list(range(8))))
+    assert {place: answer[0]["caption"] for place, answer in answers.items()} == {n: str(n) for n in range(8)}
+    assert captioner.limit == 2  # of later parts
+
+
+def test_an_image_that_the_model_refuses_costs_no_other_one():
+    images = [PreparedImage({"id": str(number)}, found=[None]) for number in range(4)]
+
+    def generate(chosen):
+        if any(image.record["id"] == "2" for image in chosen):
+            raise ValueError("image 2 is odd")
+        return [[{"caption": "fine"}] for _ in chosen]
+
+    answers = dict(captioner_that(generate)._answers(images, [0, 1, 2, 3]))
+    assert isinstance(answers.pop(2), ValueError)
+    assert answers == {place: [{"caption": "fine"}] for place in (0, 1, 3)}
+    with pytest.raises(ValueError, match="odd"):  # nothing has gone through yet: the model itself may be at fault
+        dict(captioner_that(generate)._answers(images, [2]))
