@@ -10,12 +10,17 @@ def read_json(path: Path) -> Any:
     """A JSON file's content, with or without a byte order mark; refuses a missing or broken file by name."""
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
+    return parsed_json(path.read_bytes(), str(path))
+
+
+def parsed_json(content: bytes, name: str) -> Any:
+    """What JSON holds; refuses what is broken, under the name given."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except ValueError as error:  # its syntax, its encoding, or a number of thousands of digits
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{name} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is JSON nested too deeply to be read") from error
+        raise ValueError(f"{name} is JSON nested too deeply to be read") from error
 
 
 def write_json(path: Path, content: Any) -> None:

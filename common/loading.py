@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".bin")
 DRAWN_MODEL = REPOSITORY / "drawn" / "model"  # the second embedded model, which speaks of the drawn world alone
 CODE = "modeling_perceptiondlm.py"  # where it lies, a folder is a repository
 SETTINGS: dict[str, type] = {
@@ -40,18 +41,36 @@ def generate_settings(options: argparse.Namespace, leave_out: tuple[str, ...] = 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def load_pipeline(options: argparse.Namespace, default: Path = REPOSITORY) -> Pipeline:
-    """The region-captioning pipeline of the chosen model, of `default` without one."""
-    model = options.model
+def model_path(model: str | None, default: Path = REPOSITORY) -> str:
+    """Folder or Hub id of the model that `--model` names, `default` without one.
+
+    Raises:
+        ValueError: for a folder that holds no model.
+    """
     if model is None:
         if not (default / "config.json").is_file():
             raise ValueError(
                 "the installed package carries no model (a clone of the repository does): name one, such as --model "
                 "PATH/TO/CLONE, a folder made by perceptiondlm convert, or a Hub id"
             )
-        model = str(default)
-    elif Path(model).exists() and not (Path(model) / "config.json").is_file():
+        return str(default)
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")
+    return model
+
+
+def model_state(model: str | None) -> list[Any]:
+    """What identifies a model: its name, and of a folder also sizes and times of its files."""
+    folder = Path(model) if model is not None else REPOSITORY
+    if not folder.is_dir():
+        return [model]
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    return [str(folder.resolve()), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+
+
+def load_pipeline(options: argparse.Namespace, default: Path = REPOSITORY) -> Pipeline:
+    """The region-captioning pipeline of the chosen model, of `default` without one."""
+    model = model_path(options.model, default)
     dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
     device = None if options.device is None else torch_device(options.device)

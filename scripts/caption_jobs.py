@@ -11,13 +11,12 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from perceptiondlm.common.loading import REPOSITORY, generate_settings
+from perceptiondlm.common.loading import generate_settings, model_state
 from perceptiondlm.common.region_files import FORMS, is_about_many, read_regions
 from perceptiondlm.images_perceptiondlm import load_image
 
 
 BOX_FILES = (".json", ".xml", ".txt", ".npy", ".npz")
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".bin")
 
 
 class Job:
@@ -147,12 +146,3 @@ def parsed_box(text: str) -> list[float]:
 def form_of(options: argparse.Namespace) -> str:
     """The processor's keyword of the regions that were given."""
     return next(form for form in FORMS if getattr(options, form))
-
-
-def model_state(model: str | None) -> list[Any]:
-    """What identifies a model: its name, and of a folder also sizes and times of its files."""
-    folder = Path(model) if model is not None else REPOSITORY
-    if not folder.is_dir():
-        return [model]
-    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file())
-    return [str(folder.resolve()), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]

@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("caption", "caption regions of images"),
     "serve": ("serve", "captions and answers over HTTP"),
     "app": ("app", "mark and caption regions in the browser"),
+    "annotate": ("annotate", "caption the regions of whole collections, on one machine or a Ray cluster"),
     "convert": ("convert", "convert published checkpoints, and back"),
     "evaluate": ("evaluate", "score a model, or captions from elsewhere, on a benchmark"),
     "compare": ("compare", "results of several systems or judges side by side"),

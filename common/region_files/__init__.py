@@ -17,6 +17,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,14 @@ def _as_box(region: Any, path: Path, index: int) -> Any:
     return region
 
 
+@lru_cache(maxsize=2)
+def _json_of(path: Path, _changed: int) -> Any:
+    """A file's content, kept for the next image that is looked for in it."""
+    return read_json(path)
+
+
 def of_json(path: Path, image: ImageEntry) -> Any:
-    content = read_json(path)
+    content = _json_of(path, path.stat().st_mtime_ns)
     if isinstance(content, Mapping):
         if "shapes" in content:
             return of_labelme(content, path, image)

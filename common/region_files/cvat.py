@@ -1,5 +1,6 @@
 """CVAT's XML ('CVAT for images')."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,8 +18,14 @@ def read_xml(path: Path) -> ElementTree.Element:
         raise ValueError(f"{path} is no XML: {error}") from error
 
 
+@lru_cache(maxsize=2)
+def _images_of(path: Path, _changed: int) -> list[ElementTree.Element]:
+    """A file's images, kept for the next one that is looked for."""
+    return read_xml(path).findall("image")
+
+
 def of_cvat(path: Path, image: ImageEntry) -> list[Any]:
-    images = read_xml(path).findall("image")
+    images = _images_of(path, path.stat().st_mtime_ns)
     if not images:
         raise ValueError(f"{path} has no <image>; accepted: 'CVAT for images' exports")
     if len(images) > 1:

@@ -10,6 +10,7 @@ from perceptiondlm.common.region_files.entry import ImageEntry, base_name, check
 from perceptiondlm.common.region_files.shapes import corners, ellipse, turned
 
 
+VALUE_BITS, LENGTH_BITS = 8, (3, 4, 8, 16)  # of the brushes that are written
 NO_SHAPES = ("choices", "textarea", "rating", "number", "taxonomy", "relation")  # results about the whole image
 
 
@@ -33,11 +34,11 @@ def of_label_studio(tasks: list[Mapping], path: Path, image: ImageEntry) -> list
                 f"{path} has {len(done)} annotations of {image.path.name}, by several people; accepted: one"
             )
         results = done[0]["result"] if done else []
+    elif "predictions" in task:  # pre-annotations, of which the last one counts
+        results = task["predictions"][-1]["result"] if task["predictions"] else []
     else:  # the short export: results stand under the name of their tag
         results = [r for v in task.values() if isinstance(v, list) for r in v if isinstance(r, Mapping)]
-    shapes = [
-        r for r in results if r.get("type") not in ("choices", "textarea", "rating", "number", "taxonomy", "relation")
-    ]
+    shapes = [result for result in results if result.get("type") not in NO_SHAPES]
     return [_label_studio_shape(shape, f"{path}, result {n}", image) for n, shape in enumerate(shapes)]
 
 
@@ -97,6 +98,25 @@ def decode_brush(rle: Sequence[int], size: tuple[int, int], name: str) -> np.nda
                 values[index] = bits.take(value_bits)
         place = end
     return values.reshape(*size, 4)[..., 3] > 0
+
+
+def encode_brush(mask: np.ndarray) -> list[int]:
+    """A bool mask (H, W) as a brush stroke, the inverse of `decode_brush`: runs of one value, in all four channels."""
+    flat = mask.ravel()
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    starts = np.concatenate(([0], edges))
+    lengths = 4 * np.diff(starts, append=flat.size)
+    bits = [f"{4 * flat.size:032b}{VALUE_BITS - 1:05b}", *(f"{width - 1:04b}" for width in LENGTH_BITS)]
+    longest = 2 ** LENGTH_BITS[-1]
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        value = f"{255 if flat[start] else 0:0{VALUE_BITS}b}"
+        while length:
+            part = min(length, longest)
+            kind = next(kind for kind, width in enumerate(LENGTH_BITS) if part <= 2**width)
+            bits.append(f"1{kind:02b}{part - 1:0{LENGTH_BITS[kind]}b}{value}")
+            length -= part
+    stream = np.frombuffer("".join(bits).encode(), dtype=np.uint8) - ord("0")
+    return np.packbits(stream).tolist()
 
 
 class _Bits:

@@ -104,6 +104,19 @@ def test_caption_dataset_refuses_other_formats_before_any_work(tmp_path):
     assert "must end in .jsonl or .parquet" in run("caption_dataset", tmp_path / "captions.csv", code=2)
 
 
+def test_annotate_hub_dataset_goes_on_from_where_it_was(tmp_path):
+    """A data set of `datasets` under a local path stands for one on the Hub; a second call finds everything done."""
+    rows = [{"image": str(EXAMPLES / "scene.png"), "masks": scene_masks()[row:]} for row in (0, 4)]
+    (tmp_path / "set").mkdir()
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(tmp_path / "set" / "rows.parquet")
+    for _ in range(2):
+        said, file, _, *lines = run("annotate_hub_dataset", f"hub:{tmp_path / 'set'}", tmp_path / "out").splitlines()
+        assert said == "8 regions of 2 images"
+        assert len(json.loads(Path(file).read_text())["annotations"]) == 8
+        assert lines[0].startswith("train/0/0  ")
+        assert_names_the_scene(lines)
+
+
 def test_every_example_is_short_and_has_a_test():
     examples = sorted(EXAMPLES.glob("*.py"))
     assert len(examples) >= 6
