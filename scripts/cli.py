@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("compare", "results of several systems or judges side by side"),
     "judge-answers": ("judge_answers", "judge short answers strictly, from sample logs of lmms-eval"),
     "import-regions": ("import_regions", "your images and masks as a region set for training"),
+    "data": ("data", "images with masks to verified region captions that training reads"),
+    "make-benchmark": ("make_benchmark", "images with several masks to a benchmark like ParaDLC-Bench"),
     "prepare": ("prepare", "look through the data of a training run before it starts"),
     "plan": ("plan", "estimate memory, steps and days of a training run"),
     "benchmark": ("benchmark", "time ways of captioning N regions, side by side"),
