@@ -40,7 +40,7 @@ def run_batch(stage: Stage, records: Sequence[Record]) -> list[Outcome]:
 
     Raises:
         JudgeError: the stage's language model cannot go on.
-        ValueError: the stage returned more or fewer changes than there were records.
+        ValueError: the stage returned more or fewer changes than there were records, or changes other than kept regions.
     """
     try:
         changes = stage.run(records)
@@ -55,6 +55,8 @@ def run_batch(stage: Stage, records: Sequence[Record]) -> list[Outcome]:
         return [({region.id: {"drop": drop} for region in records[0].kept}, ((stage.name, message),))]
     if len(changes) != len(records):
         raise ValueError(f"stage {stage.name} returned {len(changes)} changes for {len(records)} records")
+    for record, change in zip(records, changes, strict=True):
+        record.with_changes(change)  # raises where the stage speaks of regions that are not its business
     return [(change, ()) for change in changes]
 
 

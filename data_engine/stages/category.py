@@ -12,13 +12,13 @@ from perceptiondlm.data_engine.stages.caption import region_key
 from perceptiondlm.data_engine.stages.models import chat_model, check_model
 from perceptiondlm.data_engine.stages.text_filters import words_of
 from perceptiondlm.evaluation.judges.rules import SceneJudge, read_caption
-from perceptiondlm.evaluation.photos.names import NameTable
+from perceptiondlm.evaluation.photos.names import VACUOUS, NameTable
 from perceptiondlm.evaluation.questions import match_answer, recognition_question
 from perceptiondlm.evaluation.scoring import JudgeRequest
 
 
 MOST_WORDS = 6  # of a name
-NO_NAME = ("unclear", "none", "nothing", "object", "thing", "region")
+NO_NAME = ("unclear", "none", "nothing")
 
 
 @dataclass
@@ -132,6 +132,6 @@ class CoreCategory(Stage):
         return [answer.strip().strip(".\"'").lower() for answer in self._reader.answer_texts(texts, keys)]
 
     def _change(self, name: str | None) -> dict[str, Any]:
-        if not name or name in NO_NAME or not 0 < len(words_of(name)) <= MOST_WORDS:
+        if not name or name in NO_NAME or name in VACUOUS or not 0 < len(words_of(name)) <= MOST_WORDS:
             return {"drop": Drop(self.name, "no name", f"extracted: {name!r}"[:200])}
         return {"name": name}
