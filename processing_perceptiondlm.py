@@ -356,8 +356,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
 
         Args:
-            settings: `max_regions_per_pass`, `resize_masks`, `share_prompt_ids`, `suffix` (stands behind the names of image and regions
-                in messages) and settings of the image processor.
+            settings: `max_regions_per_pass`, `resize_masks`, `share_prompt_ids`, `suffix` (stands behind the names of
+                image and regions in messages) and settings of the image processor.
         """
         changes = {name: settings.pop(name) for name in IMAGE_SETTINGS if name in settings}
         if settings.get("max_regions_per_pass") is None:

@@ -36,12 +36,18 @@ CONFIGS = Path(__file__).with_name("configs")
 SOURCES: dict[str, type[Source]] = {
     source.kind: source for source in (CocoSource, SA1BSource, FolderSource, DrawnSource)
 }
-STAGES: dict[str, type[Stage]] = {
-    stage.kind: stage
-    for stage in (
-        MaskFilter, Caption, CategoryCheck, CoreCategory, SegmentCheck, Length, Repetition, NearDuplicates, Attributes,
-    )  # fmt: skip
-}
+ALL_STAGES: tuple[type[Stage], ...] = (
+    MaskFilter,
+    Caption,
+    CategoryCheck,
+    CoreCategory,
+    SegmentCheck,
+    Length,
+    Repetition,
+    NearDuplicates,
+    Attributes,
+)
+STAGES: dict[str, type[Stage]] = {stage.kind: stage for stage in ALL_STAGES}
 
 
 @dataclass

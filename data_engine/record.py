@@ -1,8 +1,8 @@
 """The one record that all stages of the data engine pass on: an image with its regions.
 
-A stage does not change records; it says what changes (`Changes`), and `Record.with_changes` makes the next record of it.
-A region that is dropped stays in the record with the stage, the reason and what was measured, and no later stage sees
-it.
+A stage does not change records; it says what changes (`Changes`), and `Record.with_changes` makes the next record of
+it. A region that is dropped stays in the record with the stage, the reason and what was measured, and no later stage
+sees it.
 """
 
 from collections.abc import Mapping

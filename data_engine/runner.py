@@ -40,7 +40,7 @@ def run_batch(stage: Stage, records: Sequence[Record]) -> list[Outcome]:
 
     Raises:
         JudgeError: the stage's language model cannot go on.
-        ValueError: the stage returned more or fewer changes than there were records, or changes other than kept regions.
+        ValueError: the stage returned more or fewer changes than there were records, or changes of other regions.
     """
     try:
         changes = stage.run(records)
@@ -162,8 +162,8 @@ class Engine:
                 in_a_row = in_a_row + 1 if faults else 0
             if in_a_row >= MOST_FAULTS:
                 raise ValueError(
-                    f"{stage.name} has failed on {in_a_row} records in a row, the last time with {faults[0][1]!r}; once "
-                    f"that is mended, go on with --retry-faults"
+                    f"{stage.name} has failed on {in_a_row} records in a row, the last time with {faults[0][1]!r}; "
+                    "once that is mended, go on with --retry-faults"
                 )
 
     def _retried(self, wanted: bool) -> dict[int, int]:

@@ -46,14 +46,22 @@ def extraction_pictures(image: Image.Image, masks_HW: Sequence[np.ndarray], numb
     return _fitted(
         ("The object and what is around it:", crop(image, mask)[0]),
         ("The object alone, everything else in grey:", alone(image, mask)),
-        (f"The whole image with all objects numbered; the object in question is {number + 1}:", outlined(image, masks_HW)),
+        (
+            f"The whole image with all objects numbered; the object in question is {number + 1}:",
+            outlined(image, masks_HW),
+        ),
     )
 
 
 def _fitted(*shown: tuple[str, Image.Image]) -> Pictures:
     return Pictures.of(
         [
-            (text, ImageOps.contain(picture, (LONGEST_SIDE, LONGEST_SIDE)) if max(picture.size) > LONGEST_SIDE else picture)
+            (
+                text,
+                ImageOps.contain(picture, (LONGEST_SIDE, LONGEST_SIDE))
+                if max(picture.size) > LONGEST_SIDE
+                else picture,
+            )
             for text, picture in shown
         ]
     )

@@ -1,6 +1,7 @@
 """What a benchmark is made of, as the paper's figure 4 shows it: masks per image, areas, questions by kind."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def statistics_markdown(found: dict[str, Any]) -> str:
     """The counts as Markdown."""
     area = found["area"]
     per_image = [[str(masks), str(images)] for masks, images in found["masks_per_image"].items()]
-    bounds = list(zip(AREA_LIMITS, AREA_LIMITS[1:], strict=False))
+    bounds = list(pairwise(AREA_LIMITS))
     areas = [
         [f"{100 * low:g} to {100 * high:g} %", str(count)]
         for (low, high), count in zip(bounds, area["histogram"], strict=True)
@@ -99,9 +100,11 @@ def write_figure(found: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise ImportError('the figure needs matplotlib: pip install "perceptiondlm[training]"') from error
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.bar([str(masks) for masks in found["masks_per_image"]], list(found["masks_per_image"].values()), color="#2a6fb0")
+    left.bar(
+        [str(masks) for masks in found["masks_per_image"]], list(found["masks_per_image"].values()), color="#2a6fb0"
+    )
     left.set(xlabel="masks in an image", ylabel="images", title=f"{found['images']} images, {found['regions']} regions")
-    names = [f"{100 * low:g}-{100 * high:g}" for low, high in zip(AREA_LIMITS, AREA_LIMITS[1:], strict=False)]
+    names = [f"{100 * low:g}-{100 * high:g}" for low, high in pairwise(AREA_LIMITS)]
     right.bar(names, found["area"]["histogram"], color="#2a9d53")
     right.set(xlabel="area, % of the image", ylabel="regions", title=f"average area {found['area']['mean']:.3f}")
     right.tick_params(axis="x", rotation=30)

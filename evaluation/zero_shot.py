@@ -46,7 +46,9 @@ def zero_shot_inputs(
 
 def zero_shot_answers(processor, output: Any) -> list[dict[str, Any]]:
     """`caption` and `score` of every region, in order."""
-    return [{"caption": answer["text"].strip(), "score": answer["score"]} for answer in processor.decode_answers(output)]
+    return [
+        {"caption": answer["text"].strip(), "score": answer["score"]} for answer in processor.decode_answers(output)
+    ]
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "score a model, or captions from elsewhere, on a benchmark"),
     "compare": ("compare", "results of several systems or judges side by side"),
     "benchmark-stats": ("benchmark_stats", "masks per image, areas and questions of a benchmark"),
+    "failures": ("failures", "how systems fail, by the classes of the paper's figure 7"),
     "judge-answers": ("judge_answers", "judge short answers strictly, from sample logs of lmms-eval"),
     "import-regions": ("import_regions", "your images and masks as a region set for training"),
     "data": ("data", "images with masks to verified region captions that training reads"),

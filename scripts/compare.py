@@ -9,7 +9,6 @@ from pathlib import Path
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.reports.compare import compare, comparison_markdown
-from perceptiondlm.evaluation.reports.failures import TINY, count_failures, failures_markdown
 from perceptiondlm.evaluation.reports.results import read_results
 from perceptiondlm.evaluation.reports.side_by_side import write_side_by_side
 
@@ -30,30 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--page", type=Path, help="write all captions side by side here (HTML), right and wrong marked; needs --data"
     )
     parser.add_argument("--data", help="the benchmark the results are of: a folder, or paradlc or dlc (downloaded)")
-    parser.add_argument("--failures", action="store_true", help="count failures by class, as figure 7; needs --data")
-    parser.add_argument("--tiny", type=float, default=TINY, help="share of the image below which a region is tiny")
 
 
 def run(options: argparse.Namespace) -> None:
     """Compare, print, write."""
-    if (options.page or options.failures) and not options.data:
-        raise ValueError("--page and --failures need the benchmark: name it with --data")
-    benchmark = load_benchmark(options.data) if options.data else None
+    if options.page and not options.data:
+        raise ValueError("--page needs the benchmark: name it with --data")
+    benchmark = load_benchmark(options.data) if options.page else None
     comparison = compare([read_results(path) for path in options.results], options.allow_partial)
     text = comparison_markdown(comparison, options.paper_table)
-    failures = {}
-    if options.failures and benchmark is not None:
-        failures = {
-            f"{one.title}, judge {one.judge}": count_failures(one.score.regions, benchmark, options.tiny)
-            for one in comparison.systems
-        }
-        text += "\n## Failures\n\n" + failures_markdown(failures)
     print(text)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(text, encoding="utf-8")
     if options.json:
-        write_json(options.json, {**comparison.to_dict(), **({"failures": failures} if failures else {})})
-    if options.page and benchmark is not None:
+        write_json(options.json, comparison.to_dict())
+    if benchmark is not None:
         write_side_by_side(comparison, benchmark, options.page)
         print(options.page)

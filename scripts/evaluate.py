@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--zero-shot", choices=WAYS, help="ask a base model, which knows no regions: by boxes in words, or by cut crops"
     )
     parser.add_argument(
-        "--share-prompt-ids", action="store_true", help="one prompt id for all regions of an image (the paper's Table 10)"
+        "--share-prompt-ids",
+        action="store_true",
+        help="one prompt id for all regions of an image (the paper's Table 10)",
     )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")

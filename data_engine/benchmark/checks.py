@@ -8,9 +8,9 @@
 ``repeated``        a region is asked the same twice
 ``contradiction``   a part asked for as absent is asked for as present, too
 ``wording``         the question's text, or the class name that the recognition question tells, holds the right answer;
-                    or the best choice of a kind is the longest too often
+                    or the best choice of a kind is by far the longest, nearly always
 ``positions``       the best choice of a kind of question stands at some place more often than chance explains
-``masks``           a mask is empty, of another size than the image, or nearly another mask of it; an image has one region
+``masks``           a mask is empty, of another size than the image, or nearly another one; an image has one region
 ``pictures``        a picture is missing, or of another size than annotated
 ``training``        a picture is in a training set, by perceptual hash
 ==================  ==================================================================================================
@@ -32,9 +32,12 @@ from perceptiondlm.evaluation.questions import Question, question_problem
 
 SCORES = (-1, 0, 0.5, 1)
 SAME_MASK = 0.9  # IoU
+STANDS_OUT = 1.2  # a choice longer than all others by this factor does
 DEVIATIONS = 3.0  # standard deviations beyond which a count is no chance
 ABSENT = re.compile(r"^(?:the|an?) (?P<part>.+?) (?:of|on) the .+ (?:is|are) (?:not )?mentioned", re.IGNORECASE)
-CLAIM = re.compile(r"\bmentioned(?: in the description)?,? and (?:(?:it|he|she|they) )?(?:is|are|has|have) (?P<value>.+?)\.?$")
+CLAIM = re.compile(
+    r"\bmentioned(?: in the description)?,? and (?:(?:it|he|she|they) )?(?:is|are|has|have) (?P<value>.+?)\.?$"
+)
 
 
 @dataclass(frozen=True)
@@ -171,17 +174,18 @@ def _of_places(places: Mapping[str, Counter]) -> Iterator[Finding]:
 
 
 def _of_lengths(benchmark: Benchmark) -> Iterator[Finding]:
-    """Kinds of which the best choice alone is the longest (or the shortest) in nearly all questions."""
+    """Kinds of which the best choice stands out by its length in nearly all questions."""
     longest: dict[str, list[bool]] = defaultdict(list)
     for region in benchmark.regions:
         for question in filter(lambda one: question_problem(one) is None, region.questions):
-            lengths = {len(str(text)) for text, _ in question["choices"]}
-            if len(lengths) > 1:
-                longest[kind_of(question)].append(len(str(_best(question)[0])) == max(lengths))
+            best = _best(question)
+            others = [len(str(choice[0])) for choice in question["choices"] if choice is not best]
+            if others:
+                longest[kind_of(question)].append(len(str(best[0])) > STANDS_OUT * max(others))
     for kind, flags in longest.items():
         if len(flags) >= 20 and sum(flags) / len(flags) > 0.95:
             share = 100 * sum(flags) / len(flags)
-            yield Finding("wording", kind, f"the best choice is the longest in {share:.0f} % of {len(flags)} questions")
+            yield Finding("wording", kind, f"the best choice is by far the longest in {share:.0f} % of {len(flags)}")
 
 
 def _of_masks(image: BenchmarkImage) -> Iterator[Finding]:

@@ -228,7 +228,7 @@ def settle(curation: Curation, settled_by: str | None = None, undecided: str | N
             items.append(item if changed == item.fields() else edited(item, changed))
     if silent and undecided is None:
         raise ValueError(
-            f"nobody has decided on {len(silent)} items, such as {silent[0].id}; decide, or say --undecided keep or drop"
+            f"nobody has decided on {len(silent)} items, such as {silent[0].id}: decide, or --undecided keep or drop"
         )
     if at_odds:
         raise ValueError(

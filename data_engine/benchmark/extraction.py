@@ -6,15 +6,16 @@ in the region's facts, under "items".
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from perceptiondlm.data_engine.benchmark.items import NEGATIVE_PART, POSITIVE, SALIENT, Item, new_item
-from perceptiondlm.data_engine.prompts import NEGATIVE_PARTS, POSITIVE as POSITIVE_PROMPT, REPAIR, SALIENT_NEGATIVES
+from perceptiondlm.data_engine.prompts import NEGATIVE_PARTS, REPAIR, SALIENT_NEGATIVES
+from perceptiondlm.data_engine.prompts import POSITIVE as POSITIVE_PROMPT
 from perceptiondlm.data_engine.record import Changes, Record, Region
 from perceptiondlm.data_engine.sources.drawn import scene_of
-from perceptiondlm.data_engine.stages.base import Stage, how
+from perceptiondlm.data_engine.stages.base import HOW, Stage
 from perceptiondlm.data_engine.stages.caption import region_key
 from perceptiondlm.data_engine.stages.models import chat_model, check_model
 from perceptiondlm.data_engine.views import extraction_pictures
@@ -43,7 +44,7 @@ class Attributes(Stage):
     most_parts: int = 3
     most_salient: int = 3
     repairs: int = 2
-    options: dict[str, Any] = how({})
+    options: dict[str, Any] = field(default_factory=dict, metadata=HOW)
     seed: int = 0
 
     def check(self) -> None:
@@ -113,7 +114,9 @@ class Attributes(Stage):
     ) -> list[tuple[str, Callable[[Any], list[Item]]]]:
         """Prompts about a region, each with what makes items of its answer."""
         name, key = str(region.category), keys[number]
-        others = ", ".join(f"{k + 1}: {one.category}" for k, one in enumerate(regions) if k != number) or "there are none"
+        others = (
+            ", ".join(f"{k + 1}: {one.category}" for k, one in enumerate(regions) if k != number) or "there are none"
+        )
 
         def positive(rows: Any) -> list[Item]:
             return [
@@ -244,8 +247,7 @@ def salient_items(key: str, item: SceneObject, others: dict[str, SceneObject], d
                 query = {"kind": "part", "category": own, "part": part.name}
                 parts.append(_salient(key, own, f"the {part.name}", other, query))
     groups = [dice.shuffled(_once(group)) for group in (categories, looks, parts)]
-    in_turn = [group[place] for place in range(max(map(len, groups))) for group in groups if place < len(group)]
-    return in_turn
+    return [group[place] for place in range(max(map(len, groups))) for group in groups if place < len(group)]
 
 
 def _salient(key: str, own: str, phrase: str, other: str, query: dict[str, Any]) -> Item:

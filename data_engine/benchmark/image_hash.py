@@ -1,7 +1,7 @@
 """Perceptual hashes: whether an image of a benchmark is, re-encoded or resized, an image of a training set.
 
-The hash is a difference hash: the picture in grey at 17 x 16 pixels, a bit for every pixel darker than its right
-neighbour. It does not change with size, encoding and small changes of light; a mirrored or cropped copy is not found.
+The hash says which of the 256 lowest frequencies of the grey picture (cosine transform) are above their median. It
+hardly changes with size, encoding and light; a mirrored or cropped copy is not found.
 """
 
 import json
@@ -17,16 +17,19 @@ from perceptiondlm.data_engine.sources.base import pictures_in
 from perceptiondlm.images_perceptiondlm import load_image
 
 
-SIDE = 16
-BITS = SIDE * SIDE
-NEAR = 20  # bits by which a copy may differ
-ROWS_AT_ONCE = 4096
+SIDE, PIXELS = 16, 64  # frequencies kept and pixels looked at, along each axis
+NEAR = 40  # bits by which a copy may differ, of 256
+AT_ONCE = 128  # training images compared at once
+
+_PLACES = np.arange(PIXELS) + 0.5
+COSINES = np.cos(np.pi * np.arange(1, SIDE + 1)[:, None] * _PLACES / PIXELS)  # (SIDE, PIXELS); no constant one
 
 
 def image_hash(image: Image.Image) -> np.ndarray:
     """(32,) uint8: 256 bits."""
-    grey = np.asarray(image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX), dtype=np.int16)
-    return np.packbits(grey[:, 1:] > grey[:, :-1])
+    grey = np.asarray(image.convert("L").resize((PIXELS, PIXELS), Image.Resampling.BOX), dtype=np.float64)
+    waves = COSINES @ grey @ COSINES.T  # (SIDE, SIDE)
+    return np.packbits(waves > np.median(waves))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def find_copies(images: Sequence[Path], others: Iterable[Path], near: int = NEAR
     for batch in _batches(tqdm(list(others), desc="training images", unit="image", disable=None)):
         theirs = np.stack([image_hash(load_image(path, name=str(path))) for path in batch])  # (M, 32)
         bits = np.unpackbits(ours[:, None] ^ theirs[None], axis=-1).sum(-1)  # (N, M)
-        found += [Copy(str(images[n]), str(batch[m]), int(bits[n, m])) for n, m in zip(*np.nonzero(bits <= near), strict=True)]
+        places = zip(*np.nonzero(bits <= near), strict=True)
+        found += [Copy(str(images[n]), str(batch[m]), int(bits[n, m])) for n, m in places]
     return sorted(found, key=lambda copy: copy.bits)
 
 
@@ -57,7 +61,7 @@ def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
     batch: list[Path] = []
     for path in paths:
         batch.append(path)
-        if len(batch) == ROWS_AT_ONCE // 32:
+        if len(batch) == AT_ONCE:
             yield batch
             batch = []
     if batch:
@@ -73,7 +77,9 @@ def training_images(place: Path) -> list[Path]:
     if place.is_dir():
         return pictures_in(place)
     if not place.is_file() or place.suffix != ".jsonl":
-        raise FileNotFoundError(f"no training images at {place}; accepted: a folder of pictures, or a region set .jsonl")
+        raise FileNotFoundError(
+            f"no training images at {place}; accepted: a folder of pictures, or a region set .jsonl"
+        )
     rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(not isinstance(row, dict) or not isinstance(row.get("image"), str) for row in rows):
         raise ValueError(f"{place} has lines without the path of an image")

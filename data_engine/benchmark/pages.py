@@ -48,7 +48,7 @@ def _image(record: Record, by_region: dict[str, list]) -> dict[str, Any]:
                 "color": f"#{bytes(PALETTE[(number - 1) % len(PALETTE)]).hex()}",
                 "key": region_key(record, region.id),
                 "name": region.category,
-                "items": by_region[region_key(record, region.id)],
+                "asked": by_region[region_key(record, region.id)],
             }
             for number, region in enumerate(regions, start=1)
         ],

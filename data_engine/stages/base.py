@@ -9,11 +9,8 @@ from typing import Any, ClassVar
 from perceptiondlm.data_engine.record import Changes, Record
 
 
-def how(default: Any) -> Any:
-    """A setting that says how a stage works (speed, place, device), not what it gives: it may change between runs."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"changes_output": False})
-    return dataclasses.field(default=default, metadata={"changes_output": False})
+# Of a setting that says how a stage works (speed, place, device), not what it gives: it may change between runs.
+HOW = {"changes_output": False}
 
 
 @dataclass

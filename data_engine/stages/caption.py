@@ -12,7 +12,7 @@ from perceptiondlm.common.json_files import read_json
 from perceptiondlm.data_engine.drawn_stand_ins import planted_captions
 from perceptiondlm.data_engine.prompts import CAPTION
 from perceptiondlm.data_engine.record import Changes, Drop, Record
-from perceptiondlm.data_engine.stages.base import Stage, how
+from perceptiondlm.data_engine.stages.base import HOW, Stage
 from perceptiondlm.data_engine.stages.models import chat_model, check_model
 from perceptiondlm.data_engine.views import region_pictures
 
@@ -30,8 +30,8 @@ class Caption(Stage):
     ``model``           the embedded model; ``model:PATH`` any checkpoint of this project, by its pipeline
     ``file:PATH``       a JSON object ``{"RECORD_REGION": caption}``, or JSON lines ``{"id", "caption"}`` whose ids are
                         RECORD/REGION or RECORD_REGION
-    ``openai:MODEL``    (or ``azure``, ``litellm``) a model behind an endpoint, shown the image with the region outlined,
-                        its surroundings, and it alone: GAR, DAM or a general model, served by themselves
+    ``openai:MODEL``    (or ``azure``, ``litellm``) a model behind an endpoint, shown the image with the region
+                        outlined, its surroundings, and it alone: GAR, DAM or a general model, served by themselves
     ``drawn``           the stand-in for drawn scenes: true captions with planted faults
     ==================  ========================================================================================
 
@@ -50,8 +50,8 @@ class Caption(Stage):
     captioner: str = "model"
     question: str | None = None
     generate: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = how({})
-    device: str | None = how(None)
+    options: dict[str, Any] = field(default_factory=dict, metadata=HOW)
+    device: str | None = field(default=None, metadata=HOW)
     dtype: str = "auto"
     seed: int = 0
 

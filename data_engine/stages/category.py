@@ -1,13 +1,13 @@
 """What a caption says the region is: checked against the annotated category, or extracted where there is none."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from perceptiondlm.data_engine.prompts import CORE_CATEGORY
 from perceptiondlm.data_engine.record import Changes, Drop, Record
-from perceptiondlm.data_engine.stages.base import Stage, how
+from perceptiondlm.data_engine.stages.base import HOW, Stage
 from perceptiondlm.data_engine.stages.caption import region_key
 from perceptiondlm.data_engine.stages.models import chat_model, check_model
 from perceptiondlm.data_engine.stages.text_filters import words_of
@@ -37,7 +37,7 @@ class CategoryCheck(Stage):
     kind: ClassVar[str] = "category_check"
     model: str = "rules"
     accept_general: bool = True
-    options: dict[str, Any] = how({})
+    options: dict[str, Any] = field(default_factory=dict, metadata=HOW)
 
     def check(self) -> None:
         check_model(self.name, self.model, ("rules", "names"))
@@ -76,7 +76,9 @@ class CategoryCheck(Stage):
             good = ("right", "general") if self.accept_general else ("right",)
             return [(verdict in good, verdict) for verdict in verdicts]
         requests = [
-            JudgeRequest(region_key(record, region.id), region.caption or "", recognition_question(region.category, "dlc"))
+            JudgeRequest(
+                region_key(record, region.id), region.caption or "", recognition_question(region.category, "dlc")
+            )
             for record, region in asked
         ]
         answers = self._judge(requests)
@@ -100,7 +102,7 @@ class CoreCategory(Stage):
 
     kind: ClassVar[str] = "core_category"
     model: str = "rules"
-    options: dict[str, Any] = how({})
+    options: dict[str, Any] = field(default_factory=dict, metadata=HOW)
 
     def check(self) -> None:
         check_model(self.name, self.model, ("rules", "names"))

@@ -2,10 +2,10 @@
 
 The rules, in the order in which they are tried; all shares are of the mask's own pixels, "larger" is by pixels:
 
-1. ``too small``, ``too large``: fewer than `min_pixels`, or less than `min_share` or more than `max_share` of the image.
+1. ``too small``, ``too large``: fewer than `min_pixels`, less than `min_share` or more than `max_share` of the image.
 2. ``copy``: overlaps a larger mask with an IoU of at least `copy_iou`. Of equals the first stays.
 3. ``merged``: with `merged_iou` given, it is what two smaller masks cover together, with an IoU of at least that: two
-   things in one. A thing that two masks of parts cut in two without a rest falls to it as well, so it is off by default.
+   things in one. A thing that two masks of parts cut in two without a rest falls to it as well: it is off by default.
 4. ``part``: at least `containment` of it lies in one larger mask that is kept and covers no more than `scene_share` of
    the image. What covers more is a scene or a background, and what lies in it is a thing of its own.
 5. ``occluded``: with all masks painted over each other, the largest on top (those of rule 4), less than `visibility`
@@ -67,7 +67,9 @@ class MaskFilter(RegionStage):
             drop = self._size(region.area, share) or self._copy(index, wholes, overlap, regions)
             drop = drop or self._merged(index, masks, inside, regions)
             drop = drop or self._lies_in(index, wholes, inside, regions)
-            drop = drop or self._hidden(index, [j for j in wholes if self._is_thing(regions[j].area, image_area)], masks)
+            drop = drop or self._hidden(
+                index, [j for j in wholes if self._is_thing(regions[j].area, image_area)], masks
+            )
             facts = {"share": round(share, 6)}
             changes[region.id] = {"facts": facts, **({"drop": Drop(self.name, *drop)} if drop else {})}
             if not drop:

@@ -1,7 +1,7 @@
-"""Masks predicted anew from what a caption says: a mask that they do not meet is dropped, as the paper does with SAM 3."""
+"""Masks predicted anew from what a caption says; a mask that none of them meets is dropped (the paper: with SAM 3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from perceptiondlm.data_engine.record import Changes, Drop, Record
 from perceptiondlm.data_engine.segmenters import TextSegmenter, check_segmenter, make_segmenter
-from perceptiondlm.data_engine.stages.base import Stage, check_share, how
+from perceptiondlm.data_engine.stages.base import HOW, Stage, check_share
 
 
 @dataclass
@@ -28,7 +28,7 @@ class SegmentCheck(Stage):
     kind: ClassVar[str] = "segment_check"
     segmenter: str = "sam3"
     min_iou: float = 0.7
-    device: str | None = how(None)
+    device: str | None = field(default=None, metadata=HOW)
 
     def check(self) -> None:
         check_share(self.name, min_iou=self.min_iou)

@@ -3,13 +3,14 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from perceptiondlm.data_engine.record import Changes, Drop, Record
 from perceptiondlm.data_engine.stages.base import RegionStage, check_share
 
 
-WORD = re.compile(r"\w+(?:[-'’]\w+)*")
+WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")
 SENTENCE_END = re.compile(r"[.!?;\n]+")
 
 
@@ -84,7 +85,7 @@ class Repetition(RegionStage):
 
     def _reason(self, caption: str, words: list[str], repeated: float) -> tuple[str, str] | None:
         row = 1
-        for before, word in zip(words, words[1:], strict=False):
+        for before, word in pairwise(words):
             row = row + 1 if word == before else 1
             if row >= self.most_in_a_row:
                 return "stutter", f"{word!r} {row} times in a row"
@@ -131,7 +132,7 @@ class NearDuplicates(RegionStage):
 def _pairs(text: str) -> frozenset:
     """Pairs of neighbouring words, the start and the end of the text among them."""
     words = ["", *words_of(text), ""]
-    return frozenset(zip(words, words[1:], strict=False))
+    return frozenset(pairwise(words))
 
 
 def _alike(one: frozenset, other: frozenset) -> float:

@@ -1,14 +1,10 @@
 """Failures by class, as the paper's figure 7 shows them, counted from judged answers.
 
-========  ===============================================================================================================
-class     a region fails so where
-========  ===============================================================================================================
-a         entanglement: a salient negative is asserted that speaks of another evaluated region of the image (its query or
-          wording has that region's class, or a value of it); salient negatives of the background are counted apart
-b         tiny: it covers less than `tiny` of the image, and is not recognised or something wrong is said of it
-c         absent parts: a negative part is asserted
-d         text: something wrong is said about what is written on it
-========  ===============================================================================================================
+a. Entanglement: a salient negative is asserted that speaks of another evaluated region of the image (its wording has
+   that region's class; in the drawn world all are made of other regions). Those of the background are counted apart.
+b. Tiny: it covers less than `tiny` of the image, and is not recognised or something wrong is said of it.
+c. Absent parts: a negative part is asserted.
+d. Text: something wrong is said about what is written on it.
 
 A region may fail in several ways. Scores count as they were before unrecognised regions are capped.
 """
@@ -151,7 +147,9 @@ def failures_markdown(systems: Mapping[str, Mapping[str, Any]], examples: int = 
         rows.append(cells)
     parts = [markdown_table(head, rows)]
     for name, found in systems.items():
-        lines = [f"{name}: {found['failing']} of {found['regions']} regions fail; tiny is below {100 * found['tiny']:g} %"]
+        lines = [
+            f"{name}: {found['failing']} of {found['regions']} regions fail; tiny is below {100 * found['tiny']:g} %"
+        ]
         lines.append(f"salient negatives of the background are asserted for {found['background']} regions")
         for kind in CLASSES:
             shown = [failure for failure in found["failures"] if failure["kind"] == kind][:examples]

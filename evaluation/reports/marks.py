@@ -1,8 +1,8 @@
 """A caption with what is right and wrong in it marked, by the judge's answers.
 
-A judge says of a question whether the caption is right, not where. So words are looked for: of a right answer the words
-of the right value; of a wrong one the words of what must not be said, or of a wrong property the noun it is said of with
-the words right before it. What is both is wrong. Words without a mark were not asked about.
+A judge says of a question whether the caption is right, not where. So words are looked for: of a right answer the
+words of the right value; of a wrong one the words of what must not be said, or of a wrong property the noun it is said
+of with the words right before it. What is both is wrong. Words without a mark were not asked about.
 """
 
 import re
@@ -48,9 +48,12 @@ def _stem(word: str) -> str:
 
 
 def _joined(pieces: Sequence[str], marks: Sequence[str]) -> Marked:
-    """Neighbouring pieces with one mark as one."""
+    """Neighbouring pieces with one mark as one; what is between words is marked where both words are, and alike."""
     joined: Marked = []
-    for piece, mark in zip(pieces, marks, strict=True):
+    for place, (piece, mark) in enumerate(zip(pieces, marks, strict=True)):
+        if not re.match(r"\w", piece):
+            around = {marks[place - 1] if place else "", marks[place + 1] if place + 1 < len(marks) else ""}
+            mark = around.pop() if len(around) == 1 else ""
         if joined and joined[-1][1] == mark:
             joined[-1] = (joined[-1][0] + piece, mark)
         else:

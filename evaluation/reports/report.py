@@ -114,7 +114,12 @@ def _images(benchmark: Benchmark, regions: Mapping[str, RegionScore]) -> Iterato
                 "file": image.path.name,
                 "picture": picture,
                 "regions": [
-                    {"number": number, "color": region_color(number), "class_name": class_names[one.region_id], "score": one}
+                    {
+                        "number": number,
+                        "color": region_color(number),
+                        "class_name": class_names[one.region_id],
+                        "score": one,
+                    }
                     for number, one in enumerate(scored, start=1)
                 ],
             }

@@ -11,13 +11,15 @@ from perceptiondlm.evaluation.scoring import QuestionScore
 
 # "mentioned in the description and (is|it is|has …) VALUE."
 CLAIM = re.compile(
-    r"\bmentioned(?: in the description)?,?(?: and)? (?:(?:it|he|she|they|its|their) )?(?:is|are|has|have) (?P<value>.+?)\.?$",
+    r"\bmentioned(?: in the description)?,?(?: and)? (?:(?:it|he|she|they|its|their) )?"
+    r"(?:is|are|has|have) (?P<value>.+?)\.?$",
     re.IGNORECASE,
 )
-TEMPLATE_WORDS = frozenset(
-    "the a an of in on at to and or but is are it its not no this that with by for from their his her he she they as be "
-    "description mentioned described mention all any some other which following applicable".split()
-)
+TEMPLATE_WORDS = frozenset((
+    "the", "a", "an", "of", "in", "on", "at", "to", "and", "or", "but", "is", "are", "it", "its", "not", "no", "this",
+    "that", "with", "by", "for", "from", "their", "his", "her", "he", "she", "they", "as", "be", "description",
+    "mentioned", "described", "mention", "all", "any", "some", "other", "which", "following", "applicable",
+))  # fmt: skip
 WORD = re.compile(r"\w+(?:[-']\w+)*")
 TEXT = re.compile(
     r"\b(text|letters?|lettering|words?|numbers?|digits?|logos?|brand(?:ing)?|inscriptions?|captions?|labels?|slogan|"
@@ -89,7 +91,9 @@ def _subject(row: QuestionScore) -> frozenset[str]:
     """Of a negative question what must not be said; of a positive one the words that all its choices share."""
     query = row.query or {}
     if row.type == "negative":
-        named = " ".join(str(query[key]) for key in ("part", "value") if query.get(key)) or str(query.get("category", ""))
+        named = " ".join(str(query[key]) for key in ("part", "value") if query.get(key)) or str(
+            query.get("category", "")
+        )
         return content_words(named or worst_choice(row))
     if query:
         return content_words(str(query.get("part") or query.get("category", "")))

@@ -70,15 +70,14 @@ def die_at(seed: int, run_config, folder: Path, chances: tuple[float, float]) ->
 def run_killed(run_config, folder: Path, chances=(0.5, 0.4)) -> tuple[int, set[str]]:
     """Runs that are killed until one gets through; how many were, and the stages in which."""
     fork = multiprocessing.get_context("fork")
-    killed, stages = 0, set()
-    for seed in range(400):
-        process = fork.Process(target=die_at, args=(seed, run_config, folder, chances))
+    stages: set[str] = set()
+    for killed in range(400):
+        process = fork.Process(target=die_at, args=(killed, run_config, folder, chances))
         process.start()
         process.join()
         if process.exitcode == 0:
             return killed, stages
         assert process.exitcode == -signal.SIGKILL
-        killed += 1
         stages |= {max(path.name for path in (folder / "stages").glob("*_*.jsonl") if path.stat().st_size)}
     raise AssertionError("no run got through")
 

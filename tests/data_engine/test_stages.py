@@ -101,7 +101,7 @@ def test_length(caption, reason):
         ("a red house with a blue roof, a red door and a red chimney", None),
         ("a red red red house", "stutter"),
         ("It is a red house. It has a roof. It is a red house.", "repeated sentence"),
-        ("a house with a red roof and a red door and a red roof and a red door and a red roof and a red door", "repeated phrase"),
+        ("a house with" + " a red roof and a red door and" * 3 + " a flag", "repeated phrase"),
         ("A cat. A cat.", None),  # too short to be a sentence that says something
     ],
 )  # fmt: skip
@@ -170,7 +170,9 @@ def test_every_filter_finds_the_faults_it_is_there_for(tmp_path, name, merged):
 
 def test_captions_from_a_file_and_from_an_endpoint_that_sees(tmp_path):
     Image.new("RGB", (SIDE, SIDE), "blue").save(tmp_path / "a.png")
-    one = record(region_of("0", box(10, 10, 40, 40)), region_of("1", box(50, 50, 90, 90)), image=str(tmp_path / "a.png"))
+    one = record(
+        region_of("0", box(10, 10, 40, 40)), region_of("1", box(50, 50, 90, 90)), image=str(tmp_path / "a.png")
+    )
     write_json(tmp_path / "captions.json", {"r_0": "a blue field"})
     assert reasons(Caption(captioner=f"file:{tmp_path / 'captions.json'}"), one) == [None, "no caption"]
     lines = [json.dumps({"id": f"r/{k}", "caption": f"field {k}"}) for k in (0, 1)]
