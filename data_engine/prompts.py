@@ -31,11 +31,11 @@ NEGATIVE_PARTS = (
 )
 
 SALIENT_NEGATIVES = (
-    "The object in question is number {number}, a {name}. A careless description of it might speak of something else in "
-    "the image instead: of the other numbered objects ({others}), above all those near or alike, or of what is in the "
-    "background. Write short noun phrases for such things, telling enough that each is true of that other "
-    'thing alone and false of object {number}, such as "the person in the blue shirt on the left". At most {most}, '
-    "those of other numbered objects first.\n"
+    "The object in question is number {number}, a {name}. A careless description of it might speak of something else "
+    "in the image instead: of the other numbered objects ({others}), above all those near or alike, or of what is in "
+    "the background. Write short noun phrases for such things, telling enough that each is true of that other thing "
+    'alone and false of object {number}, such as "the person in the blue shirt on the left". At most {most}, those of '
+    "other numbered objects first.\n"
     "Answer with a JSON list of lists [phrase, number of the object, or 0 for the background], and nothing else."
 )
 

@@ -161,7 +161,7 @@ def best_places(benchmark: Benchmark) -> dict[str, Counter]:
 
 
 def _beyond_chance(count: int, total: int, chance: float) -> bool:
-    return total * chance >= 5 and abs(count - total * chance) > DEVIATIONS * (total * chance * (1 - chance)) ** 0.5
+    return total * chance >= 5 and count - total * chance > DEVIATIONS * (total * chance * (1 - chance)) ** 0.5
 
 
 def _of_places(places: Mapping[str, Counter]) -> Iterator[Finding]:
