@@ -96,6 +96,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
             are added to its RoI tokens (focal replay); 0: no crops.
         region_appearance (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry mean and spread
             of the colours under the mask.
+        region_pooling (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry the mean of the
+            region's features under its mask, which stands in for the features of bins that the mask does not touch.
         text_only (`bool`): a language model without vision tower and projector, as converted from LLaDA alone; needs
             `region_conditioning="none"`.
         roi_variant (`str`, defaults to `"aligned"`): where RoI features are sampled: `"aligned"`, at a region's true
@@ -131,6 +133,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     region_geometry: bool = True
     region_crop_size: int = 0
     region_appearance: bool = False
+    region_pooling: bool = False
     text_only: bool = False
     roi_variant: str = "aligned"
     supervise_markers: bool = False
@@ -184,7 +187,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         step = self.vision_config.patch_size * self.pixel_unshuffle
         if self.region_crop_size < 0 or self.region_crop_size % step:
             raise ValueError(f"region_crop_size must be 0 or a multiple of {step} px, got {self.region_crop_size}")
-        for name in ("region_crop_size", "region_appearance"):
+        for name in ("region_crop_size", "region_appearance", "region_pooling"):
             if getattr(self, name) and self.region_conditioning != "replay":
                 raise ValueError(f"{name} needs region_conditioning='replay', got {self.region_conditioning!r}")
         if self.region_conditioning == "replay" and not self.use_roi_replay:
@@ -211,6 +214,11 @@ class PerceptionDLMConfig(PreTrainedConfig):
                 f"this is the config of a model of type {found!r}, {cls.__name__} takes {cls.model_type!r}"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def focuses_regions(self) -> bool:
+        """Whether regions add to their RoI features what `FocalReplay` makes of them."""
+        return bool(self.region_crop_size or self.region_appearance or self.region_pooling)
 
     @property
     def layout(self) -> FullLayout:

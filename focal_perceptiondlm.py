@@ -5,7 +5,8 @@ replay each region also has a crop, its box grown by a factor and resized, which
 RoI-Align of the region's box *inside its crop* gives as many features as that of its box in the image, and a learned
 projection of the one is added to the other: no token more, and a region still sees what it would see alone. A region
 above a share of its image skips its crop, since the image shows it as large. Appearance is what features of a deep
-tower lose: mean and spread of the colours under the mask in each bin.
+tower lose: mean and spread of the colours under the mask in each bin. Pooling adds the mean of the region's features
+under its mask, which also stands where the mask leaves a bin empty: what lies there is not the region.
 
 Legend: R regions, Q regions with a crop, S bins per RoI side, b = S² bins, c crop side in pixels, n image tokens per
 crop side, D language width, N boxes of an image, H x W pixels of a picture.
@@ -140,13 +141,15 @@ class OwnPixels:
 
 
 class FocalReplay(nn.Module):
-    """Adds what crops and appearance say of regions to their RoI features."""
+    """Adds what crops, appearance and the mean under the mask say of regions to their RoI features."""
 
     def __init__(self, config: Any):
         super().__init__()
-        width = config.text_config.hidden_size
-        self.crop_proj = nn.Linear(width, width) if config.region_crop_size else None
+        width, crops = config.text_config.hidden_size, bool(config.region_crop_size)
+        self.crop_proj = nn.Linear(width, width) if crops else None
         self.appearance_proj = nn.Linear(APPEARANCE_CHANNELS, width) if config.region_appearance else None
+        self.pooled_proj = nn.Linear(width, width) if config.region_pooling else None
+        self.pooled_crop_proj = nn.Linear(width, width) if config.region_pooling and crops else None
 
     def forward(
         self,
@@ -154,16 +157,37 @@ class FocalReplay(nn.Module):
         crop_features_QbD: torch.Tensor | None = None,
         cropped_Q: torch.Tensor | None = None,
         appearance_Rb6: torch.Tensor | None = None,
+        covered_Rb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """RoI features (R, b, D) with those of the regions' crops and their colours added.
+        """RoI features (R, b, D) with those of the regions' crops, their colours and their means added.
 
         Args:
             crop_features_QbD: RoI-aligned inside the crops; cropped_Q: the regions that have one (both may be empty).
             appearance_Rb6: see `mask_appearance`.
+            covered_Rb: share of each bin that the mask covers, in [0, 1].
         """
+        if self.pooled_proj is not None and covered_Rb is not None:
+            features_RbD, mean_R1D = fill_missed_bins(features_RbD, covered_Rb)
+            features_RbD = features_RbD + self.pooled_proj(mean_R1D)
         if self.crop_proj is not None and crop_features_QbD is not None and cropped_Q is not None:
-            added_QbD = self.crop_proj(crop_features_QbD).to(features_RbD.dtype)
-            features_RbD = features_RbD.index_add(0, cropped_Q, added_QbD)
+            pooled_Q1D = None
+            if self.pooled_crop_proj is not None and covered_Rb is not None:
+                crop_features_QbD, mean_Q1D = fill_missed_bins(crop_features_QbD, covered_Rb[cropped_Q])
+                pooled_Q1D = self.pooled_crop_proj(mean_Q1D)
+            added_QbD = self.crop_proj(crop_features_QbD)
+            added_QbD = added_QbD if pooled_Q1D is None else added_QbD + pooled_Q1D
+            features_RbD = features_RbD.index_add(0, cropped_Q, added_QbD.to(features_RbD.dtype))
         if self.appearance_proj is not None and appearance_Rb6 is not None:
             features_RbD = features_RbD + self.appearance_proj(appearance_Rb6.to(features_RbD.dtype))
         return features_RbD
+
+
+def fill_missed_bins(features_RbD: torch.Tensor, covered_Rb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features in which bins that a mask does not touch hold the mean of the others, and that mean (R, 1, D).
+
+    The mean weighs each bin by the share of it that the mask covers.
+    """
+    weights_Rb1 = covered_Rb[..., None].to(features_RbD)
+    total_R11 = weights_Rb1.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights_Rb1.dtype).tiny)
+    mean_R1D = (features_RbD * weights_Rb1).sum(dim=1, keepdim=True) / total_R11
+    return torch.where(weights_Rb1 > 0, features_RbD, mean_R1D), mean_R1D

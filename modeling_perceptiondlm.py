@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -133,7 +134,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             self.vision_tower = build_tower(config.vision_config, config.vision_feature_layer)
             self.projector = PerceptionDLMProjector(config)
         self.region_replay = RegionReplay(config)
-        if config.region_crop_size or config.region_appearance:
+        if config.focuses_regions:
             self.focal_replay = FocalReplay(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
@@ -342,7 +343,11 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             )
 
     def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
-        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P).
+        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
+        return self.projector(self.tile_features(pixel_values, prompt_coverage))
+
+    def tile_features(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
+        """Tiles (T, 3, H, W) to features (T, P * P, C) of the vision tower.
 
         Tiles in uint8 are normalised here, on the device; floats are taken as normalised already.
         """
@@ -357,12 +362,14 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 for values in (config.image_mean, config.image_std)
             )
             pixel_values = (pixel_values.float() / 255 - mean) / std
-        return self.projector(self.vision_tower(pixel_values, config.vision_feature_layer, addend))
+        return self.vision_tower(pixel_values, config.vision_feature_layer, addend)
 
-    def focus_regions(self, features_RbD: torch.Tensor, inputs: PromptInputs) -> torch.Tensor:
+    def focus_regions(
+        self, features_RbD: torch.Tensor, inputs: PromptInputs, coverage: torch.Tensor | None
+    ) -> torch.Tensor:
         """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
         config, device, crops, chosen = self.config, features_RbD.device, None, None
-        if not (config.region_crop_size or config.region_appearance):
+        if not config.focuses_regions:
             return features_RbD
         if config.region_crop_size:
             chosen, crops = inputs.cropped_regions, features_RbD[:0]
@@ -374,7 +381,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 crops = torch.cat([roi_align(map_nnD, box_4[None], bins, samples) for map_nnD, box_4 in pairs])
             chosen = chosen.to(device)
         appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
-        return self.focal_replay(features_RbD, crops, chosen, appearance)
+        covered_Rb = None
+        if coverage is not None:
+            covered_Rb = F.avg_pool2d(coverage[:, None].float(), config.coverage_subsamples).flatten(1)
+        return self.focal_replay(features_RbD, crops, chosen, appearance, covered_Rb)
 
     def run_idle_parts(
         self, embeds: torch.Tensor, no_images: bool, no_regions: bool, no_crops: bool = True
@@ -390,9 +400,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         if no_regions and replays:
             cells, bins = config.roi_size * config.coverage_subsamples, config.roi_size**2
             features = embeds.new_zeros(1, bins, embeds.shape[-1])
-            if config.region_crop_size or config.region_appearance:
-                place = torch.zeros(1, dtype=torch.int64, device=embeds.device)
-                features = self.focal_replay(features, features, place, embeds.new_zeros(1, bins, APPEARANCE_CHANNELS))
+            if config.focuses_regions:
+                place, covered = torch.zeros(1, dtype=torch.int64, device=embeds.device), embeds.new_ones(1, bins)
+                colours = embeds.new_zeros(1, bins, APPEARANCE_CHANNELS)
+                features = self.focal_replay(features, features, place, colours, covered)
             replayed = self.region_replay(features, embeds.new_zeros(1, cells, cells), embeds.new_zeros(1, 6))
             embeds = embeds + 0.0 * replayed.mean()
         return embeds
@@ -418,7 +429,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 features.append(roi_align(feature_map, boxes, config.roi_size, config.roi_sampling_ratio))
         coverage = None if inputs.region_coverage is None else inputs.region_coverage.to(device)
         geometry = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
-        return self.region_replay(self.focus_regions(torch.cat(features), inputs), coverage, geometry)
+        return self.region_replay(self.focus_regions(torch.cat(features), inputs, coverage), coverage, geometry)
 
     def place_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, bare=False):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""

@@ -135,7 +135,8 @@ class EfficientNetLiteTower(nn.Module):
     ) -> torch.Tensor:
         """(T, 3, H, W) in [-1, 1] to (T, P * P, C); `patch_addend` (T, P * P, C) is added to the features."""
         side, features = pixel_values.shape[-1] // self.config.patch_size, []
-        maps = F.relu6(self.stem(pixel_values.to(self.stem.weight.dtype)))
+        pixels = pixel_values.to(self.stem.weight.dtype)
+        maps = F.relu6(self.stem(pixels.contiguous(memory_format=torch.channels_last)))  # twice as fast on CPUs
         for index, stage in enumerate(self.stages):
             maps = stage(maps)
             if index in self.config.feature_stages:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Pipeline, TorchAoConfig, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, Pipeline, TorchAoConfig, pipeline
 from transformers.utils import is_torchao_available
 from transformers.utils import logging as transformers_logging
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DRAWN_MODEL = REPOSITORY / "drawn" / "model"  # the second embedded model, which speaks of the drawn world alone
+CODE = "modeling_perceptiondlm.py"  # where it lies, a folder is a repository
 SETTINGS: dict[str, type] = {
     "preset": str, "steps": int, "max_new_tokens": int, "block_length": int, "sampler": str, "threshold": float,
     "entropy_bound": float, "temperature": float, "top_k": int, "top_p": float, "seed": int,
@@ -38,25 +40,41 @@ def generate_settings(options: argparse.Namespace, leave_out: tuple[str, ...] = 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def load_pipeline(options: argparse.Namespace) -> Pipeline:
-    """The region-captioning pipeline of the chosen model."""
+def load_pipeline(options: argparse.Namespace, default: Path = REPOSITORY) -> Pipeline:
+    """The region-captioning pipeline of the chosen model, of `default` without one."""
     model = options.model
     if model is None:
-        if not (REPOSITORY / "config.json").is_file():
+        if not (default / "config.json").is_file():
             raise ValueError(
                 "the installed package carries no model (a clone of the repository does): name one, such as --model "
                 "PATH/TO/CLONE, a folder made by perceptiondlm convert, or a Hub id"
             )
-        model = str(REPOSITORY)
+        model = str(default)
     elif Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model} is not a model directory: it has no config.json")
     dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
     device = None if options.device is None else torch_device(options.device)
-    kwargs: dict[str, Any] = {"trust_remote_code": True, "device": device, "dtype": dtype}
-    if options.quantize:
-        kwargs["model_kwargs"] = {"quantization_config": quantization(options.quantize)}
-    return pipeline("region-captioning", model=model, **kwargs)
+    kwargs = {"quantization_config": quantization(options.quantize)} if options.quantize else {}
+    loaded = from_checkpoint(AutoModelForImageTextToText, model, dtype=dtype, **kwargs)
+    processor = from_checkpoint(AutoProcessor, model)
+    return pipeline("region-captioning", model=loaded, processor=processor, trust_remote_code=True, device=device)
+
+
+def from_checkpoint(auto_class: Any, model: str | Path, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained` with its code trusted, for a checkpoint that need not hold the code.
+
+    Args:
+        model: directory or Hub id. A directory without code inside a repository that has it, such as `drawn/model`, is
+            read as that repository's subfolder, as on the Hub.
+    """
+    folder = Path(model).resolve()
+    if (folder / "config.json").is_file() and not (folder / CODE).is_file():
+        for parent in folder.parents:
+            if (parent / CODE).is_file():
+                model, kwargs = parent, {**kwargs, "subfolder": str(folder.relative_to(parent))}
+                break
+    return auto_class.from_pretrained(str(model), trust_remote_code=True, **kwargs)
 
 
 def quantization(name: str) -> TorchAoConfig:

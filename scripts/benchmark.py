@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.common.loading import REPOSITORY, torch_device, torch_dtype
+from perceptiondlm.common.loading import DRAWN_MODEL, torch_device, torch_dtype
 from perceptiondlm.common.measuring import bandwidth, peak_flops, timed
 from perceptiondlm.studies.efficiency import GRID, SHAPES, SYSTEMS, Study, build_model, make_inputs
 from perceptiondlm.studies.efficiency_plots import plot_groups, plot_regions
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     device = torch_device(options.device)
     name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     dtype = torch_dtype(name)
-    model = build_model(options.shape, str(REPOSITORY), device, dtype)
+    model = build_model(options.shape, str(DRAWN_MODEL), device, dtype)
     study = Study(
         model, options.tokens, options.steps, options.fast_steps, options.compile, compile_rival=options.compile_rival
     )

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.common.loading import REPOSITORY, add_model_arguments, generate_settings, load_pipeline
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY, add_model_arguments, generate_settings, load_pipeline
 from perceptiondlm.drawn.scenes import write_scenes
 from perceptiondlm.evaluation.benchmarks import HUB_IDS, Benchmark, load_benchmark
 from perceptiondlm.evaluation.captions import (
@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
+    parser.add_argument(
+        "--linear",
+        action="store_true",
+        help="photos: beside it a linear classifier on the same vision tower, trained on train.json beside the file",
+    )
     add_judge_arguments(parser, f"{JUDGES}; without it a benchmark is captioned only")
     parser.add_argument(
         "--show-image",
@@ -137,7 +142,7 @@ def show_image(options: argparse.Namespace, benchmark: Benchmark, judge: Judge) 
 
 def run_scenes(options: argparse.Namespace) -> None:
     """Score a model on drawn scenes in memory, by the rule judge."""
-    pipe = load_pipeline(options)
+    pipe = load_pipeline(options, default_model(options))
     settings = caption_settings(options)
     report = evaluate_scenes(pipe.model, pipe.processor, options.seed, options.images, progress=True, **settings)
     report["environment"] = environment(pipe.device)
@@ -169,14 +174,20 @@ def caption(
     if benchmark.protocol == "dlc" and options.zero_shot is None:
         settings.setdefault("max_regions_per_pass", 1)
     log = CaptionLog(out, state.process_index)
-    model = model_identity(options.model or str(REPOSITORY))
+    default = default_model(options)
+    model = model_identity(options.model or str(default))
     made_with = {"dataset": benchmark.name, **model, "dtype": options.dtype, **settings}
     with state.main_process_first():
         log.check_settings(made_with)
-    pipe = load_pipeline(options)
+    pipe = load_pipeline(options, default)
     images = caption_benchmark(pipe.model.eval(), pipe.processor, benchmark, log, state, progress=True, **settings)
     measured = {"speed": speed(list(images.values())), "settings": made_with, "environment": environment(pipe.device)}
     return images, measured
+
+
+def default_model(options: argparse.Namespace) -> Path:
+    """The embedded model that is scored without --model: drawn scenes have one of their own."""
+    return DRAWN_MODEL if options.dataset == "scenes" else REPOSITORY
 
 
 def caption_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import load_pipeline
 from perceptiondlm.evaluation.benchmarks import Benchmark
 from perceptiondlm.evaluation.captions import CaptionedImage, check_captions, read_captions, write_captions
 from perceptiondlm.evaluation.photos.annotations import NamedPicture, read_pictures
 from perceptiondlm.evaluation.photos.benchmark import TRAINING_FILE, annotation_file, load_named_regions, name_table
+from perceptiondlm.evaluation.photos.linear import linear_names
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.evaluation.photos.report import table_lines, write_page
 from perceptiondlm.evaluation.photos.scoring import (
@@ -47,6 +49,8 @@ def evaluate_photos(options: argparse.Namespace, out: Path, state: PartialState,
     """Caption (`caption(options, benchmark, out, state)`, or a captions file), score, write reports, print."""
     file, benchmark, pictures = open_photos(options.dataset, options.data, options.images)
     table = name_table(pictures)  # first: categories without words cost nothing
+    if options.linear and not file.with_name(TRAINING_FILE).is_file():
+        raise ValueError(f"--linear needs {file.with_name(TRAINING_FILE)}, which the classifier learns from")
     region_ids = [region.region_id for region in benchmark.regions]
     scores: dict[str, float] = {}
     measured: dict[str, Any] = {}
@@ -62,7 +66,7 @@ def evaluate_photos(options: argparse.Namespace, out: Path, state: PartialState,
     write_captions(captions, out / "captions.json")
     results = score_all(benchmark, pictures, captions, scores, table)
     report = {"dataset": benchmark.name, "name": options.name or "model", **summarize(results), **measured}
-    report["baselines"] = baselines(file, results, table)
+    report["baselines"] = baselines(options, file, pictures, results, table)
     report["captions"] = [asdict(one) for one in results]
     write_json(out / "results.json", report)
     if options.json:
@@ -93,10 +97,34 @@ def score_all(
     return results
 
 
-def baselines(file: Path, results: list[RegionResult], table: NameTable) -> dict[str, dict]:
-    """What captions would score that always say the name most frequent in train.json beside the file, or in it."""
-    training = file.with_name(TRAINING_FILE)
-    name = most_frequent_name(read_pictures(training if training.is_file() else file), table)
+def baselines(
+    options: argparse.Namespace,
+    file: Path,
+    pictures: list[NamedPicture],
+    results: list[RegionResult],
+    table: NameTable,
+) -> dict[str, dict]:
+    """What captions would score that know no picture, and with --linear those of a linear classifier.
 
-    verdicts = [RegionResult(**{**asdict(one), "verdict": table.verdict(name, one.category)}) for one in results]
-    return {f"always {name!r}": verdict_shares(verdicts)}
+    The former always say the name most frequent in train.json beside the file, or in it.
+    """
+    training = file.with_name(TRAINING_FILE)
+    known = read_pictures(training if training.is_file() else file)
+    name = most_frequent_name(known, table)
+    found = {f"always {name!r}": [name] * len(results)}
+    if options.linear:
+        pipe = load_pipeline(options)
+        named = linear_names(pipe.model, pipe.processor, known, pictures)
+        found["a linear classifier on the vision tower"] = [known_name(table, category) for category in named]
+    return {title: verdict_shares(renamed(results, names, table)) for title, names in found.items()}
+
+
+def known_name(table: NameTable, category: str) -> str:
+    """What captions call a category; a category without words by its own name."""
+    return table[category].name if category in table.entries else category
+
+
+def renamed(results: list[RegionResult], names: list[str], table: NameTable) -> list[RegionResult]:
+    """The results as they would be if regions were called by other names."""
+    pairs = zip(results, names, strict=True)
+    return [RegionResult(**{**asdict(one), "verdict": table.verdict(name, one.category)}) for one, name in pairs]

@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import DRAWN_MODEL, from_checkpoint
 from perceptiondlm.evaluation.drawn_scenes import evaluate_scenes
 
 
-ROOT = Path(__file__).resolve().parents[1]
 REFERENCE: dict[str, Any] = {"sampler": "low_confidence", "steps": 32, "early_exit": False}
 CURVES: dict[str, list[dict[str, Any]]] = {
     "fixed steps": [{"sampler": "low_confidence", "steps": steps} for steps in (32, 16, 8, 4)],
@@ -89,7 +89,9 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; by default the embedded model")
+    parser.add_argument(
+        "--model", default=str(DRAWN_MODEL), help="directory or Hub id; by default that of the drawn world"
+    )
     parser.add_argument(
         "--seed", type=int, default=2000, help="of the drawn world; choose presets on another than 1000"
     )
@@ -97,8 +99,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True).eval()
+    processor = from_checkpoint(AutoProcessor, options.model)
+    model = from_checkpoint(AutoModel, options.model).eval()
     result = {**curves(model, processor, options.seed, options.images), "environment": environment()}
     write_json(options.json, result)
     if options.plot:

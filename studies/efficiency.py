@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModel, LlamaForCausalLM, LlamaModel, StaticCache
 
 from perceptiondlm.attention_perceptiondlm import MaskedPass
+from perceptiondlm.common.loading import from_checkpoint
 from perceptiondlm.common.measuring import count_flops
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig, num_tiles
 from perceptiondlm.inputs_perceptiondlm import PromptInputs
@@ -58,7 +59,7 @@ SYSTEMS = {
 def build_model(shape: str, embedded: str, device: torch.device, dtype: torch.dtype):
     """The model of a shape: random weights, or the embedded model from `embedded`."""
     if shape == "embedded":
-        return AutoModel.from_pretrained(embedded, trust_remote_code=True).to(device, dtype).eval()
+        return from_checkpoint(AutoModel, embedded).to(device, dtype).eval()
     settings = {"region_conditioning": "replay", "attention_layout": "isolated"}
     config = (
         PerceptionDLMConfig.from_preset("8b", **settings)

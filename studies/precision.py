@@ -17,14 +17,20 @@ from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
-from perceptiondlm.common.loading import QUANTIZATIONS, quantization, torch_device, torch_dtype
+from perceptiondlm.common.loading import (
+    DRAWN_MODEL,
+    QUANTIZATIONS,
+    from_checkpoint,
+    quantization,
+    torch_device,
+    torch_dtype,
+)
 from perceptiondlm.common.measuring import timed
 from perceptiondlm.drawn.scenes import Scene, draw_scene
 from perceptiondlm.evaluation.captions import CaptionedImage
 from perceptiondlm.evaluation.drawn_scenes import scenes_report
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("positive", "negative", "average", "recognition", "exact", "seconds_per_image")
 
 
@@ -40,7 +46,7 @@ class Format:
     def __init__(self, name: str, model: str, device: torch.device):
         self.name, self.quantized = name, name in QUANTIZATIONS
         kwargs = {"quantization_config": quantization(name)} if self.quantized else {"dtype": torch_dtype(name)}
-        self.model = AutoModel.from_pretrained(model, trust_remote_code=True, device_map=device, **kwargs).eval()
+        self.model = from_checkpoint(AutoModel, model, device_map=device, **kwargs).eval()
         self.images: dict[str, CaptionedImage] = {}
         self.tokens: list[torch.Tensor] = []
         self.uncached: list[torch.Tensor] = []
@@ -86,7 +92,7 @@ def different(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> int:
 
 def compare(model: str, names: list[str], seed: int, images: int, device: torch.device, **settings: Any):
     """A row per format; `settings` are those of `generate`."""
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    processor = from_checkpoint(AutoProcessor, model)
     formats = [Format(name, model, device) for name in names]
     scenes = [draw_scene(seed, index) for index in range(images)]
     for entry in formats:  # warm up
@@ -116,7 +122,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; by default the embedded model")
+    parser.add_argument(
+        "--model", default=str(DRAWN_MODEL), help="directory or Hub id; by default that of the drawn world"
+    )
     parser.add_argument("--formats", nargs="+", default=["float32", "bfloat16", *QUANTIZATIONS])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=3000, help="of the drawn world")

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import read_json, write_json
-from perceptiondlm.common.loading import REPOSITORY
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY, from_checkpoint
 from perceptiondlm.common.measuring import count_flops, peak_allocation, timed
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.studies.efficiency import SHAPES
@@ -63,11 +63,13 @@ def boxes(count: int) -> list[list[int]]:
 
 
 def load(shape: str, code: Path):
-    """Model and processor of a shape, by the code in a directory."""
-    processor = AutoProcessor.from_pretrained(code, trust_remote_code=True)
+    """Model and processor of a shape, by the code in a directory; the embedded one is that of the drawn world."""
+    drawn = code / DRAWN_MODEL.relative_to(REPOSITORY)
+    embedded = drawn if drawn.is_dir() else code
+    processor = from_checkpoint(AutoProcessor, embedded)
     if shape == "embedded":
-        return AutoModel.from_pretrained(code, trust_remote_code=True).eval(), processor
-    config = AutoConfig.from_pretrained(code, trust_remote_code=True)
+        return from_checkpoint(AutoModel, embedded).eval(), processor
+    config = from_checkpoint(AutoConfig, embedded)
     sizes = SHAPES[shape]
     for name in ("vision_config", "text_config"):
         setattr(config, name, type(getattr(config, name))(**sizes[name]))

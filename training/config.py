@@ -86,6 +86,9 @@ class TrainConfig:
             that is bf16 and `trainer.bf16` is on, else fp32; `8bit` and `4bit` quantize the language model's layers
             (bitsandbytes) and are for adapters. What trains is held in fp32 in any case, and the finished checkpoint is
             merged into the weights as they are stored.
+        tower_features: folder that keeps a frozen tower's features, so that a tile seen before costs no vision pass; it
+            may be shared by runs. `tower_features_gib`: most GiB of it per side of tile.
+        tower_dropout: share in [0, 1) of a frozen tower's channels that are dropped per tile while training.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
@@ -94,6 +97,9 @@ class TrainConfig:
     lora: LoraConfig | None = None
     ema_decay: float | None = None
     frozen_weights: str = "auto"
+    tower_features: str | None = None
+    tower_features_gib: float = 16.0
+    tower_dropout: float = 0.0
 
     def __post_init__(self):
         for name, given in (("parts", self.parts), ("learning_rates", self.learning_rates), ("reset", self.reset)):
@@ -108,6 +114,8 @@ class TrainConfig:
             raise ValueError("train.lora adapts the language model: add 'language_model' to train.parts")
         if self.frozen_weights not in FROZEN:
             raise ValueError(f"train.frozen_weights must be one of {FROZEN}, got {self.frozen_weights!r}")
+        if not 0 <= self.tower_dropout < 1:
+            raise ValueError(f"train.tower_dropout must be in [0, 1), got {self.tower_dropout}")
         if self.frozen_weights in QUANTIZED and not self.lora:
             raise ValueError(
                 f"train.frozen_weights {self.frozen_weights!r} cannot train but for adapters: add train.lora"

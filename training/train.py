@@ -33,6 +33,7 @@ from perceptiondlm.training.recomputation import declared, peft_asking
 from perceptiondlm.training.run_folder import claim_folder, leave_marks, stream_readers
 from perceptiondlm.training.sharding import own_class, refuse_sharding_on_cpu
 from perceptiondlm.training.start import build_model
+from perceptiondlm.training.tower_features import reuse_features
 from perceptiondlm.training.trainer import PerceptionDLMTrainer
 
 
@@ -95,8 +96,10 @@ def make_trainer(run: RunConfig) -> PerceptionDLMTrainer:
     register_auto_classes()
     model, processor = build_model(run)
     dataset = build_dataset(run.data, run.loss, processor, model.config, run.output_dir)
+    trained = prepare_parts(model, run.train)
+    reuse_features(model, run.train.tower_features, run.train.tower_features_gib, run.train.tower_dropout)
     trainer = PerceptionDLMTrainer(
-        model=prepare_parts(model, run.train),
+        model=trained,
         args=arguments,
         train_dataset=dataset,
         data_collator=AnswerCollator.build(run.data, run.loss, processor, model.config),

@@ -17,6 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
+from perceptiondlm.common.loading import from_checkpoint
 from perceptiondlm.evaluation.general.tasks import SETTINGS, cut, task_settings
 
 
@@ -58,9 +59,9 @@ class PerceptionDLM(lmms):
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
-        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+        self.processor = from_checkpoint(AutoProcessor, pretrained)
         self.processor.image_processor = self.processor.image_processor.with_settings(max_tiles=max_tiles)
-        model = AutoModel.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
+        model = from_checkpoint(AutoModel, pretrained, dtype=dtype)
         self.model = model.to(self.device).eval()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -11,6 +11,7 @@ from perceptiondlm.focal_perceptiondlm import (
     FocalReplay,
     boxes_in_crops,
     cut_crops,
+    fill_missed_bins,
     grown_boxes,
     mask_appearance,
 )
@@ -79,10 +80,34 @@ def test_appearance_tells_stripes_from_their_mean():
     assert flat[:, 3:].max() < 0.01
 
 
+def focal_config(**switches):
+    off = {"region_crop_size": 0, "region_appearance": False, "region_pooling": False}
+    return SimpleNamespace(text_config=SimpleNamespace(hidden_size=8), **{**off, **switches})
+
+
+def test_the_mean_under_the_mask_stands_where_the_mask_does_not():
+    features = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [50.0, 50.0], [70.0, 0.0]]])
+    filled, mean = fill_missed_bins(features, torch.tensor([[0.75, 0.25, 0.0, 0.0]]))
+    torch.testing.assert_close(mean, torch.tensor([[[1.5, 3.0]]]))
+    torch.testing.assert_close(filled[0], torch.tensor([[1.0, 2.0], [3.0, 6.0], [1.5, 3.0], [1.5, 3.0]]))
+
+
+def test_pooling_hides_what_lies_beside_the_mask():
+    torch.manual_seed(0)
+    module = FocalReplay(focal_config(region_crop_size=64, region_pooling=True))
+    features, crops, covered = torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.tensor([[1.0, 0.5, 0.0, 0.0]])
+    places = torch.tensor([0])
+    before = module(features, crops, places, None, covered)
+    beside = features.clone(), crops.clone()
+    for changed in beside:
+        changed[:, 2:] += 1
+    torch.testing.assert_close(module(*beside, places, None, covered), before)
+    assert not torch.allclose(module(features, crops, places, None, torch.tensor([[1.0, 0.5, 0.5, 0.0]])), before)
+
+
 def test_a_crop_reaches_its_own_region_alone():
     torch.manual_seed(0)
-    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=8), region_crop_size=64, region_appearance=True)
-    module = FocalReplay(config)
+    module = FocalReplay(focal_config(region_crop_size=64, region_appearance=True))
     features, crops = torch.randn(3, 4, 8), torch.randn(2, 4, 8)
     colours = torch.randn(3, 4, 6)
     together = module(features, crops, torch.tensor([0, 2]), colours)

@@ -24,7 +24,7 @@ CONV = {
     "stages": [[1, 3, 1, 1, 8], [1, 3, 2, 2, 8], [1, 5, 2, 2, 16]],
     "feature_stages": [0, 1, 2],
 }
-FOCAL = {"region_crop_size": 48, "region_appearance": True}
+FOCAL = {"region_crop_size": 48, "region_appearance": True, "region_pooling": True}
 
 
 @pytest.fixture(scope="module", params=["siglip", "conv"])
@@ -205,6 +205,7 @@ def test_a_fresh_process_loads_what_was_saved(focal, tiny_processor, scene, tmp_
         ({"region_crop_size": 20}, "multiple of 16"),
         ({"region_crop_size": 48, "region_conditioning": "vision"}, "needs region_conditioning='replay'"),
         ({"region_appearance": True, "region_conditioning": "none"}, "needs region_conditioning='replay'"),
+        ({"region_pooling": True, "region_conditioning": "none"}, "region_pooling needs region_conditioning"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes, message, tiny_model):

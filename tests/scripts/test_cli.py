@@ -1,4 +1,4 @@
-"""The `perceptiondlm` command, on the embedded default."""
+"""The `perceptiondlm` command, on the embedded models."""
 
 import argparse
 import json
@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.common.drawing import annotate
+from perceptiondlm.common.loading import DRAWN_MODEL, from_checkpoint
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.scripts.cli import main
 
@@ -19,7 +23,8 @@ SCENE, MASKS = str(ROOT / "examples" / "scene.png"), str(ROOT / "examples" / "sc
 
 def test_captions_a_picture_with_masks_from_json(tmp_path, capsys):
     out, result = tmp_path / "picture.png", tmp_path / "result.json"
-    assert main(["caption", SCENE, "--masks", MASKS, "--out", str(out), "--json", str(result)]) == 0
+    arguments = ["--masks", MASKS, "--model", str(DRAWN_MODEL), "--out", str(out), "--json", str(result)]
+    assert main(["caption", SCENE, *arguments]) == 0
     (image,) = json.loads(result.read_text())
     names = [a["category_name"] for a in json.loads(Path(MASKS).read_text())["annotations"]]
     named = [name in region["caption"] for name, region in zip(names, image["regions"], strict=True)]
@@ -215,3 +220,13 @@ def test_annotated_picture_marks_the_region_and_nothing_else():
     assert (picture[:, 480:] != 255).any()  # the legend
     with pytest.raises(ValueError, match="1 masks need 1 captions, got 2"):
         annotate(Image.new("RGB", (480, 480)), mask, ["a", "b"])
+
+
+def test_a_checkpoint_in_a_subfolder_is_read_with_the_code_above_it(tmp_path):
+    drawn = from_checkpoint(AutoModel, DRAWN_MODEL)
+    expected = load_file(DRAWN_MODEL / "model.safetensors")["lm_head.weight"].float()
+    assert torch.equal(drawn.lm_head.weight, expected)
+    saved = from_checkpoint(AutoProcessor, str(DRAWN_MODEL))
+    assert len(saved.tokenizer) == drawn.config.text_config.vocab_size
+    with pytest.raises(OSError, match="nowhere"):
+        from_checkpoint(AutoModel, tmp_path / "nowhere")
