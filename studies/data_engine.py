@@ -1,8 +1,8 @@
 """What the data engine's filters find, what they leave, and what benchmarks made by its path are worth.
 
     python -m perceptiondlm.studies.data_engine drawn --images 200 --json studies/results/data_engine_drawn.json
-    python -m perceptiondlm.studies.data_engine photos ../shared/data/photos/val.json --model . --json …
-    python -m perceptiondlm.studies.data_engine benchmark --images 60 --model . --json …
+    python -m perceptiondlm.studies.data_engine photos ../shared/data/photos/val.json --json …
+    python -m perceptiondlm.studies.data_engine benchmark --images 60 --json …
     python -m perceptiondlm.studies.data_engine paradlc ../shared/data/paradlc --json …
 
 `drawn`: precision and recall of every filter on planted faults, and the share of faultless pairs before and after.
@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import DRAWN_MODEL, from_checkpoint
 from perceptiondlm.data_engine.benchmark.build import Work, build_benchmark
 from perceptiondlm.data_engine.benchmark.checks import check_benchmark, findings_to_dict
 from perceptiondlm.data_engine.config import CONFIGS, EngineConfig, load_engine_config
@@ -128,8 +129,8 @@ def benchmark(folder: Path, model: str | None, images: int) -> dict[str, Any]:
         build_benchmark(records, work.items(records), folder / "made")
     write_scenes(config.source["seed"], images, folder / "built_in")
     made, built_in = load_benchmark(folder / "made"), load_benchmark(folder / "built_in")
-    loaded = AutoModel.from_pretrained(model or ".", trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(model or ".", trust_remote_code=True)
+    place = model or str(DRAWN_MODEL)
+    loaded, processor = from_checkpoint(AutoModel, place).eval(), from_checkpoint(AutoProcessor, place)
     found = {}
     for image in made.images:
         masks = {region.region_id: region.mask() for region in image.regions}
@@ -137,7 +138,7 @@ def benchmark(folder: Path, model: str | None, images: int) -> dict[str, Any]:
     captions = all_captions(found)
     findings, facts = check_benchmark(made)
     return {
-        "model": model or "embedded",
+        "model": model or "drawn/model",
         "made": _scored(made, captions),
         "built_in": _scored(built_in, captions),
         "checks": findings_to_dict(findings, facts),
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("what", choices=("drawn", "photos", "benchmark", "paradlc"))
     parser.add_argument("data", nargs="?", type=Path, help="photos: annotation file; paradlc: folder")
     parser.add_argument("--images", type=int, help="at most so many; drawn: 200, benchmark: 60 by default")
-    parser.add_argument("--model", help="checkpoint; by default the embedded one")
+    parser.add_argument("--model", help="checkpoint; by default the embedded one, for benchmark the drawn world's")
     parser.add_argument("--folder", type=Path, default=Path("outputs/studies/data_engine"), help="of the runs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()

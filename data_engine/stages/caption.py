@@ -28,7 +28,8 @@ class Caption(Stage):
 
     ==================  ========================================================================================
     ``model``           the embedded model; ``model:PATH`` any checkpoint of this project, by its pipeline
-    ``file:PATH``       a JSON object ``{"RECORD_REGION": caption}``, or JSON lines ``{"id", "caption"}`` whose ids are
+    ``file:PATH``       a JSON object ``{"RECORD_REGION": caption}``; or ``id`` and ``caption`` in JSON lines, in a
+                        parquet file, or in the folder that ``perceptiondlm annotate`` wrote, where ids are
                         RECORD/REGION or RECORD_REGION
     ``openai:MODEL``    (or ``azure``, ``litellm``) a model behind an endpoint, shown the image with the region
                         outlined, its surroundings, and it alone: GAR, DAM or a general model, served by themselves
@@ -59,7 +60,7 @@ class Caption(Stage):
         self._what, _, self._path = self.captioner.partition(":")
         if self._what == "model" and self._path and not Path(self._path).exists() and self._path.count("/") != 1:
             raise ValueError(f"{self.name}: no model at {self._path!r}; accepted: a folder, or a Hub id OWNER/NAME")
-        if self._what == "file" and not Path(self._path).is_file():
+        if self._what == "file" and not Path(self._path).exists():
             raise FileNotFoundError(f"{self.name}: no captions file at {self._path!r}")
         if self._what not in ("model", "file"):
             check_model(self.name, self.captioner, ("model", "model:PATH", "file:PATH", "drawn"))
@@ -148,12 +149,21 @@ class Caption(Stage):
 
 
 def read_captions_by_key(path: Path) -> dict[str, str]:
-    """Captions by RECORD_REGION, from a JSON object or from JSON lines ``{"id", "caption"}``.
+    """Captions by RECORD_REGION, from a file or folder in one of the forms of `Caption`.
 
     Raises:
         ValueError: naming what the file holds instead.
     """
-    if path.suffix == ".jsonl":
+    if path.is_dir() or path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        files = sorted((path / "data").glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds no data/*.parquet; accepted: a finished output of perceptiondlm annotate")
+        tables = [pq.read_table(file, columns=["id", "caption"]) for file in files]
+        rows = [row for table in tables for row in table.to_pylist()]
+        content = {"_".join(row["id"].rsplit("/", 1)): row["caption"] for row in rows if row["caption"]}
+    elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if any(not isinstance(row, Mapping) or not {"id", "caption"} <= set(row) for row in rows):
             raise ValueError(f"{path} has lines that are no objects with id and caption")

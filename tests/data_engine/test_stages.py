@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from judge_server import JudgeServer
 from PIL import Image
 
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.data_engine.config import CONFIGS, load_engine_config
 from perceptiondlm.data_engine.measure import measure_filters
 from perceptiondlm.data_engine.record import Record, Region, region_of
@@ -179,6 +182,11 @@ def test_captions_from_a_file_and_from_an_endpoint_that_sees(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     stage = Caption(captioner=f"file:{tmp_path / 'captions.jsonl'}")
     assert [change["caption"] for change in stage.run([one])[0].values()] == ["field 0", "field 1"]
+    table = pa.table({"id": ["r/0", "r/1"], "caption": ["field 0", "field 1"], "score": [0.5, 0.6]})
+    (tmp_path / "annotated" / "data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "annotated" / "data" / "0.parquet")
+    again = Caption(captioner=f"file:{tmp_path / 'annotated'}")
+    assert again.run([one]) == stage.run([one])
     with JudgeServer() as server:
         stage = Caption(captioner="openai:gar", options={"base_url": server.base_url, "cache": tmp_path / "a.jsonl"})
         assert reasons(stage, one) == [None, None]
@@ -194,7 +202,7 @@ def test_our_pipeline_captions_image_by_image(tmp_path):
     scene.image.save(tmp_path / "a.png")
     regions = tuple(region_of(str(k), item.mask) for k, item in enumerate(scene.objects))
     one = Record(scene.image_id, str(tmp_path / "a.png"), *scene.image.size, regions)
-    stage = Caption(captioner="model", generate={"preset": "fast"}, device="cpu")
+    stage = Caption(captioner=f"model:{DRAWN_MODEL}", generate={"preset": "fast"}, device="cpu")
     stage.open()
     (changes,) = stage.run([one])
     named = sum(item.category in changes[str(k)]["caption"] for k, item in enumerate(scene.objects))
