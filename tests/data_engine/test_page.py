@@ -76,6 +76,31 @@ def test_figures_of_filters_are_the_committed_ones():
             assert cell == ("" if value is None else f"{100 * value:.0f} %"), (branch, stage)
 
 
+def test_figures_of_the_made_benchmark_are_the_committed_ones():
+    result = json.loads((RESULTS / "data_engine_benchmark.json").read_text())
+    text = " ".join(PAGE.split())
+    for name, count in (("made", "questions made by this path"), ("built_in", "built-in ones")):
+        row = result[name]
+        low, high = row["intervals"]["average"]
+        stated = re.search(rf"(\S+) \[(\S+), (\S+)\] on (?:the )?(\S+) {count}", text)
+        assert stated
+        assert [float(stated[k]) for k in (1, 2, 3)] == pytest.approx([row["average"], low, high], abs=0.051)
+        assert int(stated[4].replace(",", "")) == row["questions"]
+
+
+def test_shares_of_faultless_pairs_are_the_committed_ones():
+    branches = json.loads((RESULTS / "data_engine_drawn.json").read_text())["branches"]
+    text = " ".join(PAGE.split())
+    stated = re.search(r"(\d+) % before and (\d+) % after on the COCONut branch \((\d+) of (\d+)", text)
+    found = branches["coconut"]
+    shares = [round(100 * found[when]["faultless"]) for when in ("before", "after")]
+    assert [int(number) for number in stated.groups()] == [
+        *shares,
+        found["after"]["regions"],
+        found["before"]["regions"],
+    ]
+
+
 def test_figures_of_the_published_files_are_the_committed_ones():
     checks = json.loads((RESULTS / "paradlc_checks.json").read_text())
     found = {check: int(number) for check, number, _ in rows("### The published files")}
