@@ -115,7 +115,7 @@ class Curation:
         given = {name: " ".join(str(value).split()) for name, value in (fields or {}).items()}
         if unknown := sorted(set(given) - set(FIELDS)):
             raise ValueError(f"fields {unknown} cannot be edited; accepted: {FIELDS}")
-        edited = {**item.fields(), **given}
+        edited: dict[str, Any] = {**item.fields(), **given}
         if action != "edit":
             return Decision(annotator, item_id, action, note=note)
         if edited == item.fields():
@@ -132,7 +132,8 @@ class Curation:
             raise ValueError("an annotator needs a name")
         if region_id not in self.regions:
             raise ValueError(f"there is no region {region_id!r}")
-        item = new_item(region_id, kind, origin=annotator, **fields)
+        plain: dict[str, Any] = dict(fields)
+        item = new_item(region_id, kind, origin=annotator, **plain)
         if item.id in self.items:
             raise ValueError(f"region {region_id!r} has this item already: {item.id}")
         return Decision(annotator, item.id, "add", item.fields(), kind, region_id, note)
@@ -158,7 +159,7 @@ class Curation:
 
 def added_item(decision: Decision) -> Item:
     """The item of an "add"."""
-    fields = dict(decision.fields or {})
+    fields: dict[str, Any] = dict(decision.fields or {})
     return Item(decision.item, decision.region_id, decision.kind, **fields, origin=decision.annotator)
 
 
@@ -238,7 +239,7 @@ def settle(curation: Curation, settled_by: str | None = None, undecided: str | N
     return items
 
 
-def edited(item: Item, fields: Mapping[str, str]) -> Item:
+def edited(item: Item, fields: Mapping[str, Any]) -> Item:
     """An item with other fields; its query follows, but for salient negatives, whose phrases say more than a query."""
     new = replace(item, **fields, query=None)
     if item.query is None or item.kind == SALIENT:
