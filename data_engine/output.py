@@ -107,7 +107,7 @@ def statistics_text(counts: dict[str, Any]) -> str:
     ]
     if counts["faults"]:
         failed = ", ".join(f"{stage} on {number} images" for stage, number in counts["faults"].items())
-        lines.append(f"failed: {failed}; do these again with --retry-faults")
+        lines.append(f"failed: {failed}; do these again with --retry-faults (a source's with --restart-from SOURCE)")
     return "\n".join(lines)
 
 

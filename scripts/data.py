@@ -24,8 +24,8 @@ def run(options: argparse.Namespace) -> None:
     config = load_engine_config(options.config, options.overrides)
     source, stages = config.parts
     if options.dry_run:
-        for part in (source, *stages):
-            print(part.settings())
+        for settings in (source.settings(), *(stage.settings() for stage in stages)):
+            print(settings)
         return
     engine = config.engine(progress=True)
     engine.run(options.restart_from, options.retry_faults)

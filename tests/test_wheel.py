@@ -36,7 +36,9 @@ def test_files_that_are_read_at_run_time_are_in_the_wheel():
         for pattern in patterns
         for path in folder_of(name).glob(pattern)
     }
-    folders = [ROOT / name for name in ("common", "drawn", "evaluation", "checkpoints", "training", "scripts")]
+    folders = [
+        ROOT / name for name in ("common", "drawn", "evaluation", "checkpoints", "data_engine", "training", "scripts")
+    ]
     read = {path for folder in folders for kind in ("yaml", "jinja", "json") for path in folder.rglob(f"*.{kind}")}
     read |= {ROOT / "evaluation" / name / f"{name}.py" for name in ("paradlc", "dlc")}
     assert read <= shipped

@@ -46,8 +46,8 @@ class CategoryCheck(Stage):
         _ = self._judge
 
     def report(self) -> dict[str, Any]:
-        judge = self.__dict__.get("_judge")
-        return judge.report() if hasattr(judge, "report") else {}
+        report = getattr(self.__dict__.get("_judge"), "report", None)
+        return {} if report is None else report()
 
     @cached_property
     def _judge(self) -> Any:
@@ -111,7 +111,8 @@ class CoreCategory(Stage):
         _ = self._reader
 
     def report(self) -> dict[str, Any]:
-        return self._reader.report() if "_reader" in self.__dict__ and hasattr(self._reader, "report") else {}
+        report = getattr(self.__dict__.get("_reader"), "report", None)
+        return {} if report is None else report()
 
     @cached_property
     def _reader(self) -> Any:
