@@ -55,13 +55,16 @@ def scene_texts(seed: int, num_images: int) -> Iterable[str]:
         yield from (f"{question}\n{answer}" for question, answer in scene_conversation(scene))
 
 
-def name_texts(repeats: int) -> Iterable[str]:
-    """Captions that name COCO's categories and what is more general, `repeats` of each: frequent enough for a token."""
+def name_texts(repeats: int, further: Iterable[str] = ()) -> Iterable[str]:
+    """Captions that name COCO's categories, what is more general, and `further` words, `repeats` of each.
+
+    So every word is frequent enough for a token of its own.
+    """
     words = [word for entry in NameTable.coco().entries.values() for word in (entry.name, *entry.broader)]
     sizes, rows, columns = ("tiny", "small", "medium-sized", "large"), ("top", "bottom"), ("left", "right")
     colours = " and ".join(COLOUR_WORDS)
     places = " ".join(f"at the {row} {column}" for row in rows for column in columns)
-    for word in dict.fromkeys(words):
+    for word in dict.fromkeys((*words, *further)):
         text = f"{word}, a {word}, an {word}, {colours}, {' '.join(sizes)}, {places}, in the middle"
         yield from (text for _ in range(repeats))
 

@@ -40,7 +40,8 @@ class TokenizerConfig:
     Args:
         vocab_size: most entries.
         scenes: drawn scenes of `seed`, whose texts are read.
-        names: how often each name of COCO's categories is read among them, 0 for a model of the drawn world alone.
+        names: how often each name of COCO's categories and of the run's `named_regions` is read among them, 0 for a
+            model of the drawn world alone.
     """
 
     vocab_size: int = 1024

@@ -21,6 +21,7 @@ from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGeneratio
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
 from perceptiondlm.training.config import PARTS, QUANTIZED, RunConfig
+from perceptiondlm.training.data.named_regions import caption_words
 from perceptiondlm.training.sharding import sharding_asked
 
 
@@ -84,7 +85,8 @@ def fresh_parts(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProce
     """Config and processor of a model from nothing."""
     settings = model_settings(run)
     settings["text_config"].pop("vocab_size", None)  # the tokenizer's
-    texts = chain(scene_texts(run.tokenizer.seed, run.tokenizer.scenes), name_texts(run.tokenizer.names))
+    names = name_texts(run.tokenizer.names, caption_words(run.data.sources)) if run.tokenizer.names else ()
+    texts = chain(scene_texts(run.tokenizer.seed, run.tokenizer.scenes), names)
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
     tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
     config = build_config(settings, tokenizer)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, name_texts
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.training.data.bad_records import BadRecord
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_mixture
-from perceptiondlm.training.data.named_regions import NamedRegionSource, cut_out
+from perceptiondlm.training.data.named_regions import NamedRegionSource, caption_words, cut_out
 from perceptiondlm.training.data.true_captions import place, true_caption, with_article
 
 
@@ -128,3 +129,15 @@ def test_a_share_outside_its_range_is_refused(share):
 def test_a_path_is_needed():
     with pytest.raises(ValueError, match="needs path"):
         SourceConfig("named_regions")
+
+
+def test_every_name_of_a_run_is_a_word_of_its_tokenizer(annotated, tmp_path):
+    lemmas = {"image": "whole.png", "names": ["axolotl", "mud puppy"], "hypernyms": ["salamander", "animal"]}
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "whole.json").write_text(json.dumps([lemmas]))
+    sources = [SourceConfig("named_regions", path=str(path)) for path in (annotated, tmp_path / "whole.json")]
+    words = caption_words([*sources, SourceConfig("scenes", samples=1)])
+    assert {"axolotl", "animal"} < set(words)
+    tokenizer = build_tokenizer(name_texts(30, words), 2048, 4096)
+    texts = [f"a {word}" for word in words if " " not in word]
+    assert [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] == [2] * len(texts)

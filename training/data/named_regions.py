@@ -1,7 +1,7 @@
 """Pictures with named regions as training data: every region gets a caption of what is true of it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from perceptiondlm.coverage_perceptiondlm import CroppedRegion
-from perceptiondlm.evaluation.photos.annotations import read_pictures
+from perceptiondlm.evaluation.photos.annotations import NamedRegion, read_pictures
 from perceptiondlm.evaluation.photos.names import CategoryNames, NameTable
 from perceptiondlm.images_perceptiondlm import UNREADABLE
 from perceptiondlm.training.data.bad_records import BadRecord
@@ -34,7 +34,7 @@ class NamedRegionSource(Source):
         self.config, self.answers, self.key = config, answers, key
         self.pictures = read_pictures(str(config.path), config.image_root)
         self.table = NameTable.coco()
-        self.names = [[self._words(region) for region in picture.regions] for picture in self.pictures]
+        self.names = [[words_of(region, self.table) for region in picture.regions] for picture in self.pictures]
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -81,14 +81,6 @@ class NamedRegionSource(Source):
         ]
         return {"image": image, "masks": list(masks), "captions": captions}
 
-    def _words(self, region) -> CategoryNames:
-        """The accepted words of a region: those of COCO's categories where its name falls under one."""
-        if region.lemmas is not None:
-            return self.table.canonical(region.lemmas)
-        if region.category not in self.table.entries:
-            return CategoryNames.of_lemmas([region.category])
-        return self.table[region.category]
-
     def _caption(self, names: CategoryNames, image, mask: np.ndarray, share: float, seed: str, record: int) -> str:
         region = CroppedRegion.of_mask(mask)
         dice = random.Random(f"caption/{seed}/{record}/{region.box if region else ()}")
@@ -127,6 +119,26 @@ class NamedRegionSource(Source):
             return self.pictures[record].masks((image.height, image.width), chosen)
         except UNREADABLE as error:
             raise BadRecord(str(error)) from error
+
+
+def words_of(region: NamedRegion, table: NameTable) -> CategoryNames:
+    """The accepted words of a region: those of COCO's categories where its name falls under one."""
+    if region.lemmas is not None:
+        return table.canonical(region.lemmas)
+    if region.category not in table.entries:
+        return CategoryNames.of_lemmas([region.category])
+    return table[region.category]
+
+
+def caption_words(sources: Iterable[SourceConfig]) -> list[str]:
+    """Every word that captions of these sources' named regions may use as a name."""
+    table, words = NameTable.coco(), {}
+    for source in sources:
+        if source.kind == "named_regions":
+            pictures = read_pictures(str(source.path), source.image_root)
+            entries = [words_of(region, table) for picture in pictures for region in picture.regions]
+            words |= dict.fromkeys(word for entry in entries for word in (entry.name, *entry.broader))
+    return list(words)
 
 
 def cut_out(
