@@ -26,7 +26,7 @@ from .samples_perceptiondlm import BAD_SAMPLE, ahead_of, checked_count, each, na
 TASK = "region-captioning"
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
 SAMPLE_KEYS = ("image", "text", *REGION_FORMS)
-PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks")
+PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks", "share_prompt_ids")
 ON_ERROR = ("raise", "skip")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -47,8 +47,8 @@ class PreparedSample:
 class RegionCaptioningPipeline(Pipeline):
     """Captions regions of images with a [`PerceptionDLMForConditionalGeneration`].
 
-    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif` and
-    `resize_masks` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such as `steps`,
+    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif`,
+    `resize_masks` and `share_prompt_ids` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such as `steps`,
     `max_new_tokens`, `temperature`, `seed`.
 
     Attributes:
