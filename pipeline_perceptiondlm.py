@@ -48,8 +48,8 @@ class RegionCaptioningPipeline(Pipeline):
     """Captions regions of images with a [`PerceptionDLMForConditionalGeneration`].
 
     Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif`,
-    `resize_masks` and `share_prompt_ids` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such as `steps`,
-    `max_new_tokens`, `temperature`, `seed`.
+    `resize_masks` and `share_prompt_ids` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such
+    as `steps`, `max_new_tokens`, `temperature`, `seed`.
 
     Attributes:
         failures: under `on_error="skip"`, `{"sample": number, "error": message}` of the samples that the last call
