@@ -3,13 +3,15 @@
 # make lint      formatting, lint and types
 # make peers     transformers' own common tests on this project's classes (fetches its source distribution)
 # make miniature train the paper's five stages in miniature and score each, under 30 minutes on two cores
-# make default   train the embedded model again and put it into the repository root
+# make default   train the embedded model again and put it into the repository root (needs data/photos, see docs/embedded.md)
+# make drawn     the same for the second one, of the drawn world, in drawn/model
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CPUS = $(shell $(BIN)/python -c 'import os; print(os.cpu_count())')
 
-.PHONY: demo test lint peers miniature default clean
+.PHONY: demo test lint peers miniature default drawn clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,7 +19,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --out outputs/demo.png --json outputs/demo.json --overwrite
+	$(BIN)/perceptiondlm caption examples/photo.jpg --masks examples/photo_masks.json --out outputs/demo_photo.png --json outputs/demo_photo.json --overwrite
+	$(BIN)/perceptiondlm caption examples/scene.png --masks examples/scene_masks.json --model drawn/model --out outputs/demo.png --json outputs/demo.json --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -40,8 +43,13 @@ miniature: $(INSTALLED)
 	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json
 
 default: $(INSTALLED)
-	$(BIN)/accelerate launch training/train.py training/configs/scenes.yaml export_dir=.
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml export_dir=.
 	mv training_log.json training_curve.png docs/
+
+drawn: $(INSTALLED)
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml
+	for file in config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json \
+		chat_template.jinja model.safetensors; do cp outputs/scenes/final/$$file drawn/model/; done
 
 clean:
 	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache

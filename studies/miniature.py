@@ -93,7 +93,7 @@ class Miniature:
     """
 
     folder: Path
-    start: str = "."
+    start: str = "drawn/model"
     share: float = 1.0
     images: int = 40
 
@@ -194,7 +194,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniature"), help="where all stages go")
-    parser.add_argument("--start", default=".", help="model that lends its vision tower")
+    parser.add_argument("--start", default="drawn/model", help="model that lends its vision tower")
     parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps, to try things")
     parser.add_argument("--images", type=int, default=40, help="held-out scenes to score on")
     parser.add_argument("--json", type=Path, help="write the scores here")

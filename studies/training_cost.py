@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor
 from perceptiondlm.attention_perceptiondlm import MaskedPass
 from perceptiondlm.common.environment import environment
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.loading import from_checkpoint
 from perceptiondlm.configuration_perceptiondlm import LAYOUTS, PRESETS, PerceptionDLMConfig
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.language_perceptiondlm import BidirectionalLlamaModel
@@ -98,8 +99,8 @@ def measure_8b_layer(processor: PerceptionDLMProcessor, repeats: int) -> dict[st
 
 def measure(folder: str, num_scenes: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """The report of all measurements with the model in `folder`."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    config = from_checkpoint(AutoConfig, folder)
+    processor = from_checkpoint(AutoProcessor, folder)
     dataset, collator = scenes_of(config, processor, num_scenes)
     batch = collator([dataset[index] for index in range(batch_size)])
     padding = {name: round(share, 4) for name, share in padding_report(dataset, batch_size, seed=0).items()}
@@ -114,7 +115,7 @@ def measure(folder: str, num_scenes: int, batch_size: int, repeats: int) -> dict
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="checkpoint directory")
+    parser.add_argument("--model", default="drawn/model", help="checkpoint directory")
     parser.add_argument("--scenes", type=int, default=2000, help="drawn scenes whose padding is counted")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)

@@ -2,13 +2,14 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from perceptiondlm.training.config import RunConfig, load_run_config
 from perceptiondlm.training.train import main as train_command
-from perceptiondlm.training.train import trainer_arguments
+from perceptiondlm.training.train import idle_cpus, trainer_arguments
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -137,3 +138,12 @@ def test_accelerate_configurations_are_read_and_name_layers_that_exist(path, tin
 def test_a_run_needs_somewhere_to_start():
     with pytest.raises(ValueError, match="give init_from, preset or the sizes"):
         RunConfig(export_dir="a", trainer={"output_dir": "a"})
+
+
+@pytest.mark.parametrize(("use_cpu", "threads", "told"), [(True, 1, True), (True, 64, False), (False, 1, False)])
+def test_idle_cpus_are_pointed_out(use_cpu, threads, told, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    note = idle_cpus(SimpleNamespace(use_cpu=use_cpu, world_size=2))
+    assert (note is not None) == told
+    assert not told or "OMP_NUM_THREADS=4" in note
