@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 	mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/perceptiondlm
 	cd build/types && MYPYPATH=. "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml \
 		-p perceptiondlm.common -p perceptiondlm.drawn -p perceptiondlm.evaluation -p perceptiondlm.checkpoints \
-		-p perceptiondlm.serving -p perceptiondlm.training -p perceptiondlm.studies -p perceptiondlm.scripts \
+		-p perceptiondlm.serving -p perceptiondlm.data_engine -p perceptiondlm.training -p perceptiondlm.studies -p perceptiondlm.scripts \
 		-m perceptiondlm.modeling_perceptiondlm -m perceptiondlm.processing_perceptiondlm \
 		-m perceptiondlm.pipeline_perceptiondlm
 

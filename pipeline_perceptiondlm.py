@@ -28,7 +28,7 @@ TASK = "region-captioning"
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
 SAMPLE_KEYS = ("image", "text", "point_labels", *REGION_FORMS)
 FOUND_FROM = ("boxes", "points")  # forms that a segmenter makes regions of
-PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks")
+PROCESSOR_KEYS = ("max_regions_per_pass", "max_tiles", "exif", "resize_masks", "share_prompt_ids")
 ON_ERROR = ("raise", "skip")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -50,9 +50,9 @@ class PreparedSample:
 class RegionCaptioningPipeline(Pipeline):
     """Captions regions of images with a [`PerceptionDLMForConditionalGeneration`].
 
-    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif` and
-    `resize_masks` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such as `steps`,
-    `max_new_tokens`, `temperature`, `seed`.
+    Keywords of the call (or of `pipeline(...)`, as defaults): `max_regions_per_pass`, `max_tiles`, `exif`,
+    `resize_masks` and `share_prompt_ids` of the processor, and every setting of [`PerceptionDLMGenerationConfig`], such
+    as `steps`, `max_new_tokens`, `temperature`, `seed`.
 
     Attributes:
         failures: under `on_error="skip"`, `{"sample": number, "error": message}` of the samples that the last call

@@ -62,7 +62,7 @@ from .region_passes_perceptiondlm import RegionReader, picture
 
 MASK_SAMPLINGS = ("area", "nearest")
 REGION_FORMS = ("masks", "boxes", "label_map", "points")
-REGION_SETTINGS = ("max_regions_per_pass", "resize_masks")  # of a call
+REGION_SETTINGS = ("max_regions_per_pass", "resize_masks", "share_prompt_ids")  # of a call
 OWN_SETTINGS = (
     "crop_context", "crop_max_share", "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions",
     "system_prompt", "region_question",
@@ -256,6 +256,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             points: refused by name: a segmenter makes masks of them.
             prompt_ids: under `vision`, the prompt id of each region, different ones within a pass (a list; for a list
                 of images a list of lists). By default 0, 1, ... in the order of the sequence.
+            share_prompt_ids: under `vision`, let regions of a pass have the same prompt id (by default 0), so that more
+                than `num_region_prompts` fit into it. The paper's Table 10: it costs accuracy; splitting does not.
             max_regions_per_pass: overrides the processor's.
             resize_masks: fit masks and label maps of other sizes to the image, by nearest neighbour.
             rendered: whether text is a rendered prompt, by default if it begins with a special token.
@@ -354,8 +356,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
 
         Args:
-            settings: `max_regions_per_pass`, `resize_masks`, `suffix` (stands behind the names of image and regions
-                in messages) and settings of the image processor.
+            settings: `max_regions_per_pass`, `resize_masks`, `share_prompt_ids`, `suffix` (stands behind the names of
+                image and regions in messages) and settings of the image processor.
         """
         changes = {name: settings.pop(name) for name in IMAGE_SETTINGS if name in settings}
         if settings.get("max_regions_per_pass") is None:

@@ -30,13 +30,14 @@ class RegionReader:
 
     def passes(
         self, image, form: str, regions, prompt_ids=None, max_regions_per_pass=None, resize_masks=False,
-        suffix: str = "",
+        share_prompt_ids=False, suffix: str = "",
     ) -> list[dict]:  # fmt: skip
         """Everything of an image's rows but the prompt: tiles, boxes and coverage, a dict per pass.
 
         Regions are read and measured one by one; none is kept but under `mask_sampling="nearest"`.
 
         Args:
+            share_prompt_ids: let regions of a pass have the same prompt id, by default 0 (the paper's Table 10).
             suffix: stands behind the names of image and regions in messages.
         """
         if self.config.region_conditioning == "none":
@@ -59,9 +60,11 @@ class RegionReader:
             warn_of_orientation(f"image{suffix}", turned)
         order = np.array(areas).argsort()[::-1] if self.sort_regions else np.arange(len(boxes))
         passes = []
-        for group in self._groups(len(boxes), max_regions_per_pass):
+        if share_prompt_ids and prompt_ids is None:
+            prompt_ids = [0] * len(boxes)
+        for group in self._groups(len(boxes), max_regions_per_pass, share_prompt_ids):
             chosen = order[group]
-            numbers = self._prompt_ids(prompt_ids, chosen, len(boxes), f"prompt_ids{suffix}")
+            numbers = self._prompt_ids(prompt_ids, chosen, len(boxes), f"prompt_ids{suffix}", share_prompt_ids)
             row = {"tiles": tiles, "grids": [grid], "sizes": [size], "numbers": numbers}
             row["boxes"] = np.array([boxes[index] for index in chosen], dtype=np.int64)
             row |= {"order": chosen} if self.sort_regions else {}
@@ -85,27 +88,29 @@ class RegionReader:
             return {"coverage": np.stack(measured)}
         tiles, patches = measured[0].shape[0], self.config.patches_per_side
         coverage = np.zeros((tiles, self.config.num_region_prompts, patches, patches), np.float32)
-        coverage[:, numbers] = np.stack(measured, axis=1)
+        for number, covered in zip(numbers, measured, strict=True):  # regions that share an id cover together
+            coverage[:, number] = np.minimum(coverage[:, number] + covered, 1)
         return {"prompt_coverage": coverage, "prompt_ids": numbers}
 
-    def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str) -> np.ndarray:
+    def _prompt_ids(self, given, chosen: np.ndarray, count: int, name: str, shared: bool = False) -> np.ndarray:
         """Prompt ids of the regions `chosen` for a pass, out of those given for all regions of an image."""
         if given is None:
             return np.arange(len(chosen))
         most, ids = self.config.num_region_prompts, np.asarray(given)
-        accepted = f"one id below {most} per region, different ones within a pass, under 'vision'"
+        different = "" if shared else " different ones within a pass,"
+        accepted = f"one id below {most} per region,{different} under 'vision'"
         if self.config.region_conditioning != "vision" or ids.shape != (count,) or ids.dtype.kind not in "iu":
             raise ValueError(f"{name} is {given!r} for {count} regions; accepted: {accepted}")
         ids = ids[chosen].astype(np.int64)
-        if len(set(ids.tolist())) < len(ids) or ids.min() < 0 or ids.max() >= most:
+        if (not shared and len(set(ids.tolist())) < len(ids)) or ids.min() < 0 or ids.max() >= most:
             raise ValueError(f"{name} gives a pass the ids {ids.tolist()}; accepted: {accepted}")
         return ids
 
-    def _groups(self, count: int, limit: int | None) -> list[slice]:
-        """Split `count` regions into passes, in order."""
+    def _groups(self, count: int, limit: int | None, shared: bool = False) -> list[slice]:
+        """Split `count` regions into passes, in order; those that share prompt ids need no id each."""
         if limit is not None:
             check_count("max_regions_per_pass", limit)
-        if self.config.region_conditioning == "vision":
+        if self.config.region_conditioning == "vision" and not (shared and not self.config.layout.numbered_by_place):
             limit = min(limit or self.config.num_region_prompts, self.config.num_region_prompts)
         step = limit or max(count, 1)
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from perceptiondlm.common.measuring import synchronize
 from perceptiondlm.evaluation.benchmarks import Benchmark
 from perceptiondlm.evaluation.captions import CaptionedImage, CaptionLog
+from perceptiondlm.evaluation.zero_shot import zero_shot_answers, zero_shot_inputs
 
 
 WAIT = timedelta(days=2)  # for the slowest process; the default is minutes
@@ -38,6 +39,8 @@ def caption_image(
     masks: Mapping[str, np.ndarray],
     question: str | None = None,
     max_regions_per_pass: int | None = None,
+    share_prompt_ids: bool = False,
+    zero_shot: str | None = None,
     **generate_kwargs: Any,
 ) -> CaptionedImage:
     """Caption all regions of one image in parallel.
@@ -46,18 +49,29 @@ def caption_image(
         masks: (H, W) bool mask by region id.
         question: asked instead of the processor's `region_question`.
         max_regions_per_pass: splits the regions into passes; by default as the processor does.
+        share_prompt_ids: one prompt id for all regions (the paper's Table 10).
+        zero_shot: ask a base model, which knows no regions, in one of the ways of `zero_shot.WAYS`.
         generate_kwargs: settings of `generate`.
     """
     start = time.perf_counter()
     regions = list(masks.values())
-    inputs = processor(images=image, text=question, masks=regions, max_regions_per_pass=max_regions_per_pass)
+    if zero_shot is None:
+        shared = {"share_prompt_ids": True} if share_prompt_ids else {}
+        inputs = processor(
+            images=image, text=question, masks=regions, max_regions_per_pass=max_regions_per_pass, **shared
+        )
+    else:
+        inputs = zero_shot_inputs(processor, image, regions, zero_shot, question)
     inputs = inputs.to(model.device)
     synchronize(model.device)
     generating = time.perf_counter()
     output = model.generate(**inputs, **generate_kwargs)
     synchronize(model.device)
     generated = time.perf_counter()
-    (answers,) = processor.post_process_region_captions(output, output_scores=True)
+    if zero_shot is None:
+        (answers,) = processor.post_process_region_captions(output, output_scores=True)
+    else:
+        answers = zero_shot_answers(processor, output)
     captions = {region: answer["caption"] for region, answer in zip(masks, answers, strict=True)}
     scores = {region: answer["score"] for region, answer in zip(masks, answers, strict=True)}
     seconds = time.perf_counter() - start
@@ -86,7 +100,7 @@ def caption_benchmark(
     Args:
         log: where finished images are read from and added to.
         state: see `process_state`.
-        settings: `question`, `max_regions_per_pass`, and settings of `generate`.
+        settings: as `caption_image` takes them.
     Returns:
         all images captioned by now, by any process, in the benchmark's order.
     """

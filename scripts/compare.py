@@ -7,8 +7,10 @@ import argparse
 from pathlib import Path
 
 from perceptiondlm.common.json_files import write_json
+from perceptiondlm.evaluation.benchmarks import load_benchmark
 from perceptiondlm.evaluation.reports.compare import compare, comparison_markdown
 from perceptiondlm.evaluation.reports.results import read_results
+from perceptiondlm.evaluation.reports.side_by_side import write_side_by_side
 
 
 PAPER_TABLES = (2, 5, 6, 7, 9, 10, 11, 12)  # those with the columns Pos, Neg and Avg
@@ -23,10 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--page", type=Path, help="write all captions side by side here (HTML), right and wrong marked; needs --data"
+    )
+    parser.add_argument("--data", help="the benchmark the results are of: a folder, or paradlc or dlc (downloaded)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Compare, print, write."""
+    if options.page and not options.data:
+        raise ValueError("--page needs the benchmark: name it with --data")
+    benchmark = load_benchmark(options.data) if options.page else None
     comparison = compare([read_results(path) for path in options.results], options.allow_partial)
     text = comparison_markdown(comparison, options.paper_table)
     print(text)
@@ -35,3 +44,6 @@ def run(options: argparse.Namespace) -> None:
         options.markdown.write_text(text, encoding="utf-8")
     if options.json:
         write_json(options.json, comparison.to_dict())
+    if benchmark is not None:
+        write_side_by_side(comparison, benchmark, options.page)
+        print(options.page)

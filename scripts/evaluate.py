@@ -37,6 +37,7 @@ from perceptiondlm.evaluation.runner import (
     speed,
 )
 from perceptiondlm.evaluation.scoring import Judge
+from perceptiondlm.evaluation.zero_shot import WAYS
 from perceptiondlm.scripts.evaluate_photos import evaluate_photos, is_named_regions
 from perceptiondlm.scripts.judging import add_judge_arguments, load_judge
 
@@ -65,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", help="asked instead of 'Describe each masked region in detail.'")
     parser.add_argument(
         "--max-regions-per-pass", type=int, help="split the regions of an image into passes; for dlc 1, as published"
+    )
+    parser.add_argument(
+        "--zero-shot", choices=WAYS, help="ask a base model, which knows no regions: by boxes in words, or by cut crops"
+    )
+    parser.add_argument(
+        "--share-prompt-ids",
+        action="store_true",
+        help="one prompt id for all regions of an image (the paper's Table 10)",
     )
     parser.add_argument("--out", type=Path, help="folder for captions, results and reports; a second run continues it")
     parser.add_argument("--json", type=Path, help="write the whole report here, captions included")
@@ -162,7 +171,7 @@ def caption(
     if state.num_processes > 1 and options.device is None:
         options.device = str(state.device)
     settings = caption_settings(options)
-    if benchmark.protocol == "dlc":
+    if benchmark.protocol == "dlc" and options.zero_shot is None:
         settings.setdefault("max_regions_per_pass", 1)
     log = CaptionLog(out, state.process_index)
     default = default_model(options)
@@ -183,7 +192,12 @@ def default_model(options: argparse.Namespace) -> Path:
 
 def caption_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `runner.caption_image` that were given."""
-    given = {"question": options.question, "max_regions_per_pass": options.max_regions_per_pass}
+    given = {
+        "question": options.question,
+        "max_regions_per_pass": options.max_regions_per_pass,
+        "zero_shot": options.zero_shot,
+        "share_prompt_ids": options.share_prompt_ids or None,
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     return {**settings, **generate_settings(options, leave_out=("seed",))}
 

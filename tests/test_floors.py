@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the top down. The model's files lie in the root of the repository, which is a model directory.
-FLOORS = ("scripts", "studies", "training", "serving", "checkpoints", "evaluation", "drawn", "root", "common")
+FLOORS = (
+    "scripts",
+    "studies",
+    "training",
+    "data_engine",
+    "serving",
+    "checkpoints",
+    "evaluation",
+    "drawn",
+    "root",
+    "common",
+)
 
 
 def files() -> list[Path]:

@@ -37,7 +37,8 @@ def test_files_that_are_read_at_run_time_are_in_the_wheel():
         for path in folder_of(name).glob(pattern)
     }
     folders = [
-        ROOT / name for name in ("common", "drawn", "evaluation", "checkpoints", "serving", "training", "scripts")
+        ROOT / name
+        for name in ("common", "drawn", "evaluation", "checkpoints", "data_engine", "serving", "training", "scripts")
     ]
     read = {
         path

@@ -103,9 +103,21 @@ class ChatJudge(ABC):
             JudgeError, ValueError: it cannot, and why.
         """
 
-    def answer_texts(self, texts: Sequence[str], names: Sequence[str]) -> list[str]:
-        """Answers to free prompts without images, as a call gives them; messages say `names` for region ids."""
-        return self._answers([self._prompt(name, text, None) for name, text in zip(names, texts, strict=True)])
+    def answer_texts(
+        self, texts: Sequence[str], names: Sequence[str], pictures: Sequence[Pictures | None] | None = None
+    ) -> list[str]:
+        """Answers to free prompts, as a call gives them; messages say `names` for region ids.
+
+        Args:
+            pictures: what is shown with each; default: nothing.
+
+        Raises:
+            ValueError: there are pictures, and the model reads text alone.
+        """
+        shown = [None] * len(texts) if pictures is None else pictures
+        if any(shown) and not self.sees_image:
+            raise ValueError(f"{self.settings['model']} reads text alone, and is to be shown pictures")
+        return self._answers([self._prompt(*one) for one in zip(names, texts, shown, strict=True)])
 
     def _answers(self, prompts: Sequence[Prompt]) -> list[str]:
         missing = {prompt.key: prompt for prompt in prompts if self.cache.get(prompt.key) is None}

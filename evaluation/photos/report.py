@@ -11,9 +11,9 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageOps
 
 from perceptiondlm.common.drawing import draw_regions
-from perceptiondlm.common.palette import color_of
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.evaluation.photos.scoring import RegionResult
+from perceptiondlm.evaluation.reports.report import region_color
 
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -69,7 +69,7 @@ def _images(results: Sequence[RegionResult], pictures: Sequence[NamedPicture]) -
             "credit": picture.credit,
             "picture": _data_url(picture),
             "regions": [
-                {"number": number, "color": f"#{bytes(color_of(number - 1)).hex()}", "result": one}
+                {"number": number, "color": region_color(number), "result": one}
                 for number, one in enumerate(regions, start=1)
             ],
         }

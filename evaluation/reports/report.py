@@ -109,19 +109,24 @@ def _images(benchmark: Benchmark, regions: Mapping[str, RegionScore]) -> Iterato
         scored = [regions[region.region_id] for region in image.regions if region.region_id in regions]
         if scored:
             class_names = {region.region_id: region.class_name for region in image.regions}
-            picture = _picture(image, set(regions)) if image.path.is_file() else None
+            picture = embedded_picture(image, set(regions)) if image.path.is_file() else None
             yield {
                 "image_id": image.image_id,
                 "file": image.path.name,
                 "picture": picture,
                 "regions": [
-                    {"number": number, "color": _color(number), "class_name": class_names[one.region_id], "score": one}
+                    {
+                        "number": number,
+                        "color": region_color(number),
+                        "class_name": class_names[one.region_id],
+                        "score": one,
+                    }
                     for number, one in enumerate(scored, start=1)
                 ],
             }
 
 
-def _picture(image: BenchmarkImage, shown: set[str]) -> str:
+def embedded_picture(image: BenchmarkImage, shown: set[str]) -> str:
     """The image with its numbered regions as a data URL."""
     picture = ImageOps.contain(image.open(), (PICTURE_SIDE, PICTURE_SIDE))
     masks = [_resized(region.mask(), picture.size) for region in image.regions if region.region_id in shown]
@@ -136,7 +141,8 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return share >= min(0.5, share.max())
 
 
-def _color(number: int) -> str:
+def region_color(number: int) -> str:
+    """The colour of a region's number, as it is drawn."""
     return f"#{bytes(color_of(number - 1)).hex()}"
 
 
