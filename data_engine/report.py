@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from perceptiondlm.common.drawing import number_regions
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.data_engine.record import Record, Region
 from perceptiondlm.evaluation.benchmarks import crop
 
@@ -81,7 +81,7 @@ def _picture(record: Record, region: Region) -> str | None:
     mask = np.asarray(Image.fromarray(inside).resize(size, Image.Resampling.NEAREST))
     picture = around.resize(size, Image.Resampling.BILINEAR)
     if mask.any():
-        picture = number_regions(picture, [mask])
+        picture = draw_regions(picture, [mask])
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from perceptiondlm.common.drawing import number_regions
+from perceptiondlm.common.drawing import draw_regions
 from perceptiondlm.evaluation.benchmarks import crop
 from perceptiondlm.evaluation.judges.pictures import Pictures
 
@@ -16,7 +16,7 @@ GREY = 128
 
 def outlined(image: Image.Image, masks_HW: Sequence[np.ndarray]) -> Image.Image:
     """The image with regions tinted, outlined and numbered from 1."""
-    return number_regions(image, masks_HW)
+    return draw_regions(image, masks_HW)
 
 
 def alone(image: Image.Image, mask_HW: np.ndarray) -> Image.Image:
