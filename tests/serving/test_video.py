@@ -247,5 +247,5 @@ def test_key_frames_start_from_the_captions_of_the_one_before(drawn, clip):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawn.model, "generate", lambda **inputs: passes.append("draft" in inputs) or generate(**inputs))
         found = caption_video(drawn, path, masklets, every=0.5, drafts=True, preset="fast")
-    assert passes == [False, True, True, False, True]  # a shot's first look has no draft
+    assert passes == [False, True, True, False]  # key frames 0, 5, 10 and, in the other shot, 17
     assert {one["object"] for one in found} == {"first", "second"}
