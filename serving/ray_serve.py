@@ -68,7 +68,7 @@ def deployment(recipe: Recipe, replicas: Replicas | None = None) -> Any:
     def build() -> Any:  # in the replica's process
         return recipe.app()
 
-    made = serve.deployment(
+    made: Any = serve.deployment(
         serve.ingress(build)(Replica),
         name=NAME,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},

@@ -95,7 +95,7 @@ class Reader:
 
     def check_regions(self, regions: Regions, files: int = 0) -> None:
         """Refuse more regions and longer outlines than are accepted, before any picture is decoded."""
-        given = [regions.masks or [], regions.boxes or [], regions.points or []]
+        given: list[Any] = [regions.masks or [], regions.boxes or [], regions.points or []]
         count, most = sum(map(len, given)) + files, self.limits.max_regions
         if count > most:
             raise too_large(f"{count} regions were given; accepted: {most} per request")

@@ -117,7 +117,7 @@ class Service:
         if most > self.limits.max_new_tokens:
             raise Refused(400, f"max_new_tokens is {most}; accepted: {self.limits.max_new_tokens} at most", "fields")
         try:
-            return self.engine.submit(on_draft=drafts and drafts.put, **ask, **settings)
+            return self.engine.submit(on_draft=None if drafts is None else drafts.put, **ask, **settings)
         except EngineBusy as error:
             raise Refused(503, f"{error}: try again later", "busy") from error
         except EngineClosed as error:
@@ -129,9 +129,10 @@ class Service:
         """Wait until the answer is there, the client has gone, or its time is up."""
         future = asyncio.wrap_future(handle.future)
         gone = asyncio.ensure_future(disconnected(request.receive))
+        either: set[asyncio.Future[Any]] = {future, gone}
         try:
             done, _ = await asyncio.wait(
-                {future, gone}, timeout=self.limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED
+                either, timeout=self.limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             gone.cancel()
