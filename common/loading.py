@@ -68,9 +68,9 @@ def model_state(model: str | None) -> list[Any]:
     return [str(folder.resolve()), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
 
 
-def load_pipeline(options: argparse.Namespace, default: Path = REPOSITORY) -> Pipeline:
-    """The region-captioning pipeline of the chosen model, of `default` without one."""
-    model = model_path(options.model, default)
+def load_pipeline(options: argparse.Namespace, default: Path | None = None) -> Pipeline:
+    """The region-captioning pipeline of the chosen model; without one of `default`, or of the repository's own."""
+    model = model_path(options.model, default or REPOSITORY)
     dtype = options.dtype if options.dtype == "auto" else torch_dtype(options.dtype)
     transformers_logging.disable_progress_bar()
     device = None if options.device is None else torch_device(options.device)
