@@ -10,6 +10,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MODEL_FILES := config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json chat_template.jinja \
+	model.safetensors
 CPUS = $(shell $(BIN)/python -c 'import os; print(os.cpu_count())')
 
 .PHONY: demo app test lint peers miniature default drawn clean
@@ -47,13 +49,13 @@ miniature: $(INSTALLED)
 	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json
 
 default: $(INSTALLED)
-	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml export_dir=.
-	mv training_log.json training_curve.png docs/
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default_whole.yaml
+	for file in $(MODEL_FILES); do cp outputs/default_whole/final/$$file .; done
 
 drawn: $(INSTALLED)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml
-	for file in config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json \
-		chat_template.jinja model.safetensors; do cp outputs/scenes/final/$$file drawn/model/; done
+	for file in $(MODEL_FILES); do cp outputs/scenes/final/$$file drawn/model/; done
 
 clean:
 	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache

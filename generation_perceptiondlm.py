@@ -3,6 +3,7 @@
 Legend: see sequence_perceptiondlm.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,10 @@ class PerceptionDLMGenerationMixin:
             return
         if pretrained_model_name_or_path is None:  # weights were given as a state dict
             return
+        if (subfolder := location.get("subfolder")) and os.path.isdir(pretrained_model_name_or_path):
+            # transformers looks into the folder above first, and reads what lies there
+            pretrained_model_name_or_path = os.path.join(pretrained_model_name_or_path, subfolder)
+            location["subfolder"] = ""
         try:
             self.generation_config = PerceptionDLMGenerationConfig.from_pretrained(
                 pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **location

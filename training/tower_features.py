@@ -93,20 +93,22 @@ class FrozenTower:
     def stored(self, tiles_T3HW: torch.Tensor, feature_layer: int) -> torch.Tensor:
         """Features (T, P, C) of tiles, as they are stored; those never seen are computed in one pass."""
         store, keys = self._store(tiles_T3HW.shape[-1], feature_layer), [content_key(t) for t in tiles_T3HW.cpu()]
-        found = {key: store.get(key) for key in set(keys)}
-        missing = {key: place for place, key in enumerate(keys) if found[key] is None}
+        known = {key: store.get(key) for key in set(keys)}
+        found = {key: features_PC for key, features_PC in known.items() if features_PC is not None}
+        missing = {key: place for place, key in enumerate(keys) if key not in found}
         if missing:
             fresh = self.compute(tiles_T3HW[list(missing.values())], feature_layer).to("cpu", STORED)
             for key, features_PC in zip(missing, fresh, strict=True):
                 store.put(key, features_PC)
                 found[key] = features_PC.float()  # as it would be read
-        return torch.stack([found[key] for key in keys]).to(tiles_T3HW.device)  # type: ignore[arg-type]
+        return torch.stack([found[key] for key in keys]).to(tiles_T3HW.device)
 
     def _store(self, side: int, feature_layer: int) -> FeatureStore:
         """The store for tiles of a side in pixels; every process has files of its own."""
         if side not in self.stores:
             assert self.folder is not None  # asked for where there is one
-            config, rank = self.tower.config, os.environ.get("RANK", "0")
+            config: Any = self.tower.config
+            rank = os.environ.get("RANK", "0")
             shape = ((side // config.patch_size) ** 2, config.hidden_size)
             self.stores[side] = FeatureStore(self.folder / f"{side}px-layer{feature_layer}-{rank}", shape, self.limit)
         return self.stores[side]
@@ -132,7 +134,7 @@ def reuse_features(model: Any, folder: str | None, gib: float, dropout: float) -
 
 def content_key(tile: torch.Tensor) -> bytes:
     """What a tile is known by: a hash of its content."""
-    return xxhash.xxh3_128_digest(tile.contiguous().numpy())
+    return xxhash.xxh3_128_digest(memoryview(tile.contiguous().numpy()))
 
 
 def fingerprint(tower: nn.Module) -> str:
@@ -140,5 +142,5 @@ def fingerprint(tower: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+        digest.update(memoryview(tensor.detach().cpu().float().contiguous().numpy()))
     return digest.hexdigest()[:16]

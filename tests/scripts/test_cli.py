@@ -226,6 +226,7 @@ def test_a_checkpoint_in_a_subfolder_is_read_with_the_code_above_it(tmp_path):
     drawn = from_checkpoint(AutoModel, DRAWN_MODEL)
     expected = load_file(DRAWN_MODEL / "model.safetensors")["lm_head.weight"].float()
     assert torch.equal(drawn.lm_head.weight, expected)
+    assert drawn.generation_config.suppress_tokens == [drawn.config.mask_token_id]
     saved = from_checkpoint(AutoProcessor, str(DRAWN_MODEL))
     assert len(saved.tokenizer) == drawn.config.text_config.vocab_size
     with pytest.raises(OSError, match="nowhere"):
