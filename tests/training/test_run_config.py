@@ -8,8 +8,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from perceptiondlm.training.config import RunConfig, load_run_config
-from perceptiondlm.training.train import main as train_command
 from perceptiondlm.training.train import idle_cpus, trainer_arguments
+from perceptiondlm.training.train import main as train_command
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
