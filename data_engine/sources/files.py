@@ -1,19 +1,20 @@
 """Published sets and own folders: COCO-style annotations (COCONut, too), SA-1B, a folder with a segmenter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
+from pycocotools import mask as coco_mask
 
 from perceptiondlm.common.json_files import read_json
-from perceptiondlm.data_engine.record import Record, region_of
+from perceptiondlm.data_engine.record import Record, Region, region_of
 from perceptiondlm.data_engine.sources.base import Source, pictures_in
 from perceptiondlm.evaluation.photos.annotations import NamedPicture, read_pictures
 from perceptiondlm.images_perceptiondlm import load_image
 from perceptiondlm.regions_perceptiondlm import region_masks
+from perceptiondlm.serving.segmenters import Segmenter, load_segmenter
 
 
 @dataclass
@@ -101,19 +102,17 @@ class FolderSource(Source):
 
     Attributes:
         folder: searched with its sub-folders.
-        segmenter: a mask-generation model of transformers, a folder or a Hub id, such as ``facebook/sam2-hiera-small``.
-        points_per_batch: prompts that it works on at once.
+        segmenter: ``classical``, or a folder or a Hub id as `load_segmenter` takes them, such as ``facebook/sam2-hiera-small``.
     """
 
     kind: ClassVar[str] = "folder"
     folder: str = ""
     segmenter: str = ""
-    points_per_batch: int = 64
 
     def check(self) -> None:
         pictures_in(Path(self.folder))
         if not self.segmenter:
-            raise ValueError("source.segmenter: name a mask-generation model, such as facebook/sam2-hiera-small")
+            raise ValueError("source.segmenter: name one, such as classical or facebook/sam2-hiera-small")
 
     def keys(self) -> Sequence[Path]:
         return pictures_in(Path(self.folder))
@@ -122,14 +121,11 @@ class FolderSource(Source):
         return str(key.relative_to(self.folder))
 
     @cached_property
-    def _segment(self) -> Callable[[Any], Sequence[np.ndarray]]:
-        from transformers import pipeline
-
-        generator = pipeline("mask-generation", model=self.segmenter)
-        return lambda image: generator(image, points_per_batch=self.points_per_batch)["masks"]
+    def _segmenter(self) -> Segmenter:
+        return load_segmenter(self.segmenter)
 
     def read(self, key: Path) -> Record:
         image = load_image(key, name=str(key))
-        masks = [np.asarray(mask, dtype=bool) for mask in self._segment(image)]
-        regions = tuple(region_of(str(number), mask) for number, mask in enumerate(masks) if mask.any())
+        masks = [region.mask for region in self._segmenter.everything(image)]
+        regions = tuple(Region(str(number), mask, int(coco_mask.area(mask))) for number, mask in enumerate(masks))
         return Record(self.name(key), str(key), image.width, image.height, regions)
