@@ -4,6 +4,7 @@ An executor takes a stage and batches and gives the outcomes in order; so a run 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from perceptiondlm.data_engine.record import Record
 from perceptiondlm.data_engine.runner import Executor, Outcome, run_batch, run_here
@@ -42,7 +43,7 @@ class RayExecutor:
             raise ImportError('executor ray needs Ray: pip install "perceptiondlm[ray]"') from error
         if not ray.is_initialized():
             ray.init(ignore_reinit_error=True, include_dashboard=False)
-        actors = [ray.remote(StageActor).remote(stage) for _ in range(self.workers)]
+        actors: list[Any] = [ray.remote(StageActor).remote(stage) for _ in range(self.workers)]
         pool = ActorPool(actors)
         try:
             yield from _in_order(pool, batches, 2 * self.workers)

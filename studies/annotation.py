@@ -98,9 +98,12 @@ def speed(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[
         run = whole_run(command(source, folder / "run", "--regions-per-batch", str(size)), folder / "run")
         rows.append({"way": f"annotate, {size} regions a batch", **run})
     if not options.no_ray:
-        ways = (("plain, one thread", [], 1), ("Ray, one actor", [*RAY, "--actors", "1"], None),
-                ("Ray, two actors", [*RAY, "--actors", "2"], None))  # fmt: skip
-        for name, more, threads in ways:
+        cases: list[tuple[str, list[str], int | None]] = [
+            ("plain, one thread", [], 1),
+            ("Ray, one actor", [*RAY, "--actors", "1"], None),
+            ("Ray, two actors", [*RAY, "--actors", "2"], None),
+        ]
+        for name, more, threads in cases:
             run = whole_run(command(source, folder / "run", *more), folder / "run", threads)
             rows.append({"way": f"annotate, {name}", **run})
     base = rows[0]["regions_per_second"]

@@ -31,7 +31,7 @@ def write_collection(folder: Path, count: int, photos: Path | None) -> Path:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for entry, regions in photographs(photos, count // 2):
-        shutil.copy(photos / entry["image"], folder / Path(entry["image"]).name)  # type: ignore[operator]
+        shutil.copy(photos / entry["image"], folder / Path(entry["image"]).name)
         size = {"width": entry["width"], "height": entry["height"]}
         add(images, annotations, {"file_name": Path(entry["image"]).name, **size}, regions)
     scenes = (draw_scene(SEED, index) for index in range(10 * count))

@@ -134,7 +134,7 @@ def reuse_features(model: Any, folder: str | None, gib: float, dropout: float) -
 
 def content_key(tile: torch.Tensor) -> bytes:
     """What a tile is known by: a hash of its content."""
-    return xxhash.xxh3_128_digest(memoryview(tile.contiguous().numpy()))
+    return xxhash.xxh3_128_digest(bytes_of(tile))
 
 
 def fingerprint(tower: nn.Module) -> str:
@@ -142,5 +142,10 @@ def fingerprint(tower: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(memoryview(tensor.detach().cpu().float().contiguous().numpy()))
+        digest.update(bytes_of(tensor.detach().cpu().float()))
     return digest.hexdigest()[:16]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's content in order, uncopied where it is contiguous."""
+    return tensor.contiguous().numpy().data

@@ -102,7 +102,7 @@ class FolderSource(Source):
 
     Attributes:
         folder: searched with its sub-folders.
-        segmenter: ``classical``, or a folder or a Hub id as `load_segmenter` takes them, such as ``facebook/sam2-hiera-small``.
+        segmenter: ``classical``, or a folder or Hub id for `load_segmenter`, such as ``facebook/sam2-hiera-small``.
     """
 
     kind: ClassVar[str] = "folder"

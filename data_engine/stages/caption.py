@@ -139,7 +139,9 @@ class Caption(Stage):
     def _by_chat(self, records: Sequence[Record]) -> dict[str, tuple[str, float | None]]:
         keys, pictures = [], []
         for record in records:
-            image = record.open() if record.kept else None
+            if not record.kept:
+                continue
+            image = record.open()
             for region in record.kept:
                 keys.append(region_key(record, region.id))
                 pictures.append(region_pictures(image, region.pixels()))

@@ -63,7 +63,8 @@ def test_embedded_weights_are_small_and_load_in_full_precision(model, checkpoint
 def test_embedded_processor_and_settings_belong_to_the_model(model, processor):
     config = model.config
     most = processor.image_processor.max_tiles
-    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=most).to_dict()
+    cutting = {name: getattr(processor, name) for name in ("crop_context", "crop_max_share")}
+    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=most, **cutting).to_dict()
     found = processor.to_dict()
     found["image_processor"].pop("auto_map")
     assert fitting == found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perceptiondlm.common.loading import REPOSITORY
+from perceptiondlm.common.loading import DRAWN_MODEL, REPOSITORY
 from perceptiondlm.studies import regions_at_scale
 from perceptiondlm.studies.efficiency import SHAPES
 
@@ -57,7 +57,7 @@ def test_code_of_another_checkout_is_measured(study, tmp_path):
     """A copy of the model's files whose passes say that they ran."""
     other = tmp_path / "other"
     other.mkdir()
-    for path in [*REPOSITORY.glob("*_perceptiondlm.py"), *(REPOSITORY / name for name in FILES)]:
+    for path in [*REPOSITORY.glob("*_perceptiondlm.py"), *(DRAWN_MODEL / name for name in FILES)]:
         shutil.copy(path, other)
     code = other / "generation_perceptiondlm.py"
     marker = tmp_path / "ran"

@@ -132,7 +132,7 @@ def words_of(region: NamedRegion, table: NameTable) -> CategoryNames:
 
 def caption_words(sources: Iterable[SourceConfig]) -> list[str]:
     """Every word that captions of these sources' named regions may use as a name."""
-    table, words = NameTable.coco(), {}
+    table, words = NameTable.coco(), dict[str, None]()
     for source in sources:
         if source.kind == "named_regions":
             pictures = read_pictures(str(source.path), source.image_root)
