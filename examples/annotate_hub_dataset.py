@@ -6,7 +6,7 @@
 
     uv run examples/annotate_hub_dataset.py org/masks captions --model org/checkpoint --push-to-hub me/captions
 
-`--with-editable .` takes this clone instead of the published package. Without a data set: the sample scene.
+`--with-editable .` takes this clone instead of the published package. Without a data set: the sample photograph.
 """
 
 import argparse
@@ -33,9 +33,9 @@ parser.add_argument("--push-to-hub", metavar="NAME", help="publish the captions,
 options = parser.parse_args()
 if options.data is None:
     masks = [
-        region["mask_rle"] for region in json.loads((ROOT / "examples/scene_masks.json").read_text())["annotations"]
+        region["mask_rle"] for region in json.loads((ROOT / "examples/photo_masks.json").read_text())["annotations"]
     ]
-    rows = Dataset.from_list([{"image": str(ROOT / "examples/scene.png"), "masks": masks}]).cast_column(
+    rows = Dataset.from_list([{"image": str(ROOT / "examples/photo.jpg"), "masks": masks}]).cast_column(
         "image", Image()
     )
     options.data = str(Path(options.out).with_suffix(".parquet"))

@@ -20,16 +20,16 @@ READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("output", type=Path, help=".jsonl or .parquet")
-parser.add_argument("--data", help="by default the sample scene")
+parser.add_argument("--data", help="by default the sample photograph")
 parser.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id")
 options = parser.parse_args()
 if options.output.suffix not in (".jsonl", ".parquet"):
     parser.error(f"{options.output} must end in .jsonl or .parquet")
 if options.data is None:
-    annotations = json.loads((ROOT / "examples" / "scene_masks.json").read_text())["annotations"]
+    annotations = json.loads((ROOT / "examples" / "photo_masks.json").read_text())["annotations"]
     masks = [region["mask_rle"] for region in annotations]
-    data = Dataset.from_list([{"image": str(ROOT / "examples" / "scene.png"), "masks": masks}])
+    data = Dataset.from_list([{"image": str(ROOT / "examples" / "photo.jpg"), "masks": masks}])
 elif reader := READERS.get(Path(options.data).suffix):
     data = load_dataset(reader, data_files=options.data, split="train")
 else:

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parents[1]  # the repository, a model directory with an embedded model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
+parser.add_argument("image", nargs="?", default=ROOT / "examples" / "photo.jpg")
 parser.add_argument(
-    "--masks", default=ROOT / "examples" / "scene_masks.json", help="COCO annotations, RLEs or polygons"
+    "--masks", default=ROOT / "examples" / "photo_masks.json", help="COCO annotations, RLEs or polygons"
 )
 parser.add_argument("--boxes", nargs="+", help="x0,y0,x1,y1 in pixels, instead of masks")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id")

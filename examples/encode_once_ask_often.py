@@ -15,8 +15,8 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parents[1]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
-parser.add_argument("--masks", type=Path, default=ROOT / "examples" / "scene_masks.json")
+parser.add_argument("image", nargs="?", default=ROOT / "examples" / "photo.jpg")
+parser.add_argument("--masks", type=Path, default=ROOT / "examples" / "photo_masks.json")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id, with `replay` conditioning")
 options = parser.parse_args()
 

@@ -16,7 +16,7 @@ from perceptiondlm.serving.segmenters import load_segmenter
 ROOT = Path(__file__).resolve().parents[1]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
+parser.add_argument("image", nargs="?", default=ROOT / "examples" / "photo.jpg")
 parser.add_argument("--segmenter", default="classical", help="'classical' (no weights), or a SAM's Hub id or folder")
 parser.add_argument("--find", help="a few words: caption what they name, with SAM 3")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id of a PerceptionDLM checkpoint")

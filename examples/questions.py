@@ -2,8 +2,8 @@
 
     python examples/questions.py photo.jpg "What is in the image?" "And on the left?" --model models/base
 
-Such questions are what base checkpoints are for. The embedded model was trained to caption regions of drawn scenes,
-with few questions beside it: the way in is the same, but do not expect its answers to be right.
+Such questions are what base checkpoints are for. The embedded model of the drawn world, asked by default, learned few
+of them beside its captions: the way in is the same, but do not expect its answers to be right.
 """
 
 import argparse
@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
 parser.add_argument("questions", nargs="*", default=["How many objects are in the image?", "What color is the boat?"])
-parser.add_argument("--model", default=str(ROOT), help="directory or Hub id")
+parser.add_argument("--model", help="directory or Hub id")
 options = parser.parse_args()
 
-processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-model = AutoModel.from_pretrained(options.model, trust_remote_code=True)
+where = {"subfolder": "drawn/model"} if options.model is None else {}
+processor = AutoProcessor.from_pretrained(options.model or ROOT, trust_remote_code=True, **where)
+model = AutoModel.from_pretrained(options.model or ROOT, trust_remote_code=True, **where)
 
 chat = []
 for question in options.questions:

@@ -13,7 +13,7 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parents[1]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("image", nargs="?", default=ROOT / "examples" / "scene.png")
+parser.add_argument("image", nargs="?", default=ROOT / "examples" / "photo.jpg")
 parser.add_argument("--sam", default="facebook/sam-vit-base", help="directory or Hub id of a SAM checkpoint")
 parser.add_argument("--model", default=str(ROOT), help="directory or Hub id of a PerceptionDLM checkpoint")
 parser.add_argument("--points-per-side", type=int, default=32, help="SAM is asked at a grid of points")

@@ -95,7 +95,7 @@ def requests(task: str, **kwargs: Any) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def runner(lmms):
-    model = lmms.PerceptionDLM(str(ROOT), device="cpu", batch_size=1)
+    model = lmms.PerceptionDLM(str(ROOT / "drawn" / "model"), device="cpu", batch_size=1)
     model.task_dict = {name: {"test": DOCUMENTS} for name in ("own", "mmstar", "mathvista_testmini_format")}
     return model
 

@@ -1,7 +1,8 @@
-"""Every example runs as its docstring says, in a process of its own, with the embedded model and the sample scene."""
+"""Every example runs as its docstring says, in a process of its own, with the embedded models and sample pictures."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image as Pillow
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+SCENE, SCENE_MASKS = EXAMPLES / "scene.png", EXAMPLES / "scene_masks.json"
 NAMES = ("flower", "flower", "umbrella", "mushroom", "boat", "butterfly")  # the sample scene's regions, in order
 
 
@@ -29,8 +31,17 @@ def run(example: str, *arguments: object, code: int = 0, before: str = "") -> st
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The drawn world's model as people have models: a folder with its code."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for path in (*(ROOT / "drawn" / "model").iterdir(), *ROOT.glob("*_perceptiondlm.py")):
+        shutil.copy(path, folder)
+    return folder
+
+
 def scene_masks() -> list[dict]:
-    annotations = json.loads((EXAMPLES / "scene_masks.json").read_text())["annotations"]
+    annotations = json.loads(SCENE_MASKS.read_text())["annotations"]
     return [annotation["mask_rle"] for annotation in annotations]
 
 
@@ -40,14 +51,15 @@ def assert_names_the_scene(captions: list[str]) -> None:
         assert name in caption
 
 
-def test_caption_image():
-    lines = run("caption_image").splitlines()
+def test_caption_image(drawn):
+    lines = run("caption_image", SCENE, "--masks", SCENE_MASKS, "--model", drawn).splitlines()
     assert [line.split(".")[0] for line in lines] == ["1", "2", "3", "4", "5", "6"]
     assert_names_the_scene(lines)
-    assert len(run("caption_image", EXAMPLES / "scene.png", "--boxes", "40,30,200,180").splitlines()) == 1
+    assert len(run("caption_image").splitlines()) == 7  # the sample photograph, by the default
+    assert len(run("caption_image", SCENE, "--boxes", "40,30,200,180").splitlines()) == 1
 
 
-def test_many_images_of_several_sizes(tmp_path):
+def test_many_images_of_several_sizes(tmp_path, drawn):
     scene = Pillow.open(EXAMPLES / "scene.png")
     half = {"size": [scene.height // 2, scene.width // 2], "counts": [0, scene.height // 2 * (scene.width // 2)]}
     scene.save(tmp_path / "a.png")
@@ -57,7 +69,7 @@ def test_many_images_of_several_sizes(tmp_path):
     for name, masks in (("a", scene_masks()), ("b", [half]), ("c", scene_masks()[::-1])):
         content = {"annotations": [{"mask_rle": mask} for mask in masks]}
         (tmp_path / f"{name}_masks.json").write_text(json.dumps(content))
-    total, *lines = run("many_images", tmp_path, "--batch-size", 2).splitlines()
+    total, *lines = run("many_images", tmp_path, "--batch-size", 2, "--model", drawn).splitlines()
     assert total == "3 images, 13 regions"
     captions = {line.split(" ", 1)[0]: json.loads(line.split(" ", 1)[1]) for line in lines}
     assert list(captions) == ["a.png", "b.png", "c.png"]
@@ -66,8 +78,8 @@ def test_many_images_of_several_sizes(tmp_path):
     assert len(captions["b.png"]) == 1
 
 
-def test_encode_once_ask_often():
-    lines = run("encode_once_ask_often").splitlines()
+def test_encode_once_ask_often(drawn):
+    lines = run("encode_once_ask_often", SCENE, "--masks", SCENE_MASKS, "--model", drawn).splitlines()
     assert lines[0].startswith("encoded in")
     assert_names_the_scene(lines[1:-2])
     assert lines[-2] == "the same together: True"
@@ -81,19 +93,19 @@ def test_questions_in_several_turns():
     assert rest[0] == "What color is the boat?"
 
 
-def test_caption_dataset_writes_both_formats(tmp_path):
+def test_caption_dataset_writes_both_formats(tmp_path, drawn):
     records = [
         {"id": f"n{row}", "image": str(EXAMPLES / "scene.png"), "masks": scene_masks()[row:]} for row in range(3)
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    run("caption_dataset", tmp_path / "captions.jsonl", "--data", tmp_path / "records.jsonl")
+    run("caption_dataset", tmp_path / "captions.jsonl", "--data", tmp_path / "records.jsonl", "--model", drawn)
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["n0", "n1", "n2"]
     assert [len(line["regions"]) for line in lines] == [6, 5, 4]
     assert_names_the_scene([region["caption"] for region in lines[0]["regions"]])
 
     Dataset.from_list(records).cast_column("image", Image()).to_parquet(tmp_path / "records.parquet")
-    run("caption_dataset", tmp_path / "captions.parquet", "--data", tmp_path / "records.parquet")
+    run("caption_dataset", tmp_path / "captions.parquet", "--data", tmp_path / "records.parquet", "--model", drawn)
     written = load_dataset("parquet", data_files=str(tmp_path / "captions.parquet"), split="train").to_list()
     assert [[region["caption"] for region in row["regions"]] for row in written] == [
         [region["caption"] for region in line["regions"]] for line in lines
@@ -104,13 +116,14 @@ def test_caption_dataset_refuses_other_formats_before_any_work(tmp_path):
     assert "must end in .jsonl or .parquet" in run("caption_dataset", tmp_path / "captions.csv", code=2)
 
 
-def test_annotate_hub_dataset_goes_on_from_where_it_was(tmp_path):
+def test_annotate_hub_dataset_goes_on_from_where_it_was(tmp_path, drawn):
     """A data set of `datasets` under a local path stands for one on the Hub; a second call finds everything done."""
     rows = [{"image": str(EXAMPLES / "scene.png"), "masks": scene_masks()[row:]} for row in (0, 4)]
     (tmp_path / "set").mkdir()
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(tmp_path / "set" / "rows.parquet")
     for _ in range(2):
-        said, file, _, *lines = run("annotate_hub_dataset", f"hub:{tmp_path / 'set'}", tmp_path / "out").splitlines()
+        arguments = (f"hub:{tmp_path / 'set'}", tmp_path / "out", "--model", drawn)
+        said, file, _, *lines = run("annotate_hub_dataset", *arguments).splitlines()
         assert said == "8 regions of 2 images"
         assert len(json.loads(Path(file).read_text())["annotations"]) == 8
         assert lines[0].startswith("train/0/0  ")
@@ -123,7 +136,7 @@ def test_every_example_is_short_and_has_a_test():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for example in examples:
         assert f'run("{example.stem}"' in tests, example.name
-        code = [line for line in example.read_text().splitlines() if line.strip()]
+        code = [line for line in example.read_text().splitlines() if line.strip() and not line.startswith("# ")]
         assert 20 <= len(code) <= 40, f"{example.name} has {len(code)} lines"
 
 
