@@ -103,6 +103,20 @@ def test_scores_of_the_embedded_model_are_the_committed_report():
             assert float(cell.removesuffix(" %")) == pytest.approx(row[kind], abs=0.051), (name, kind)
 
 
+def test_scores_on_photographs_are_the_committed_report():
+    result = json.loads((RESULTS / "photos_val.json").read_text())
+    baselines = [result["baselines"][name] for name in ("always 'person'", "a linear classifier on the vision tower")]
+    rows = table_rows("docs/embedded.md", "## The default")
+    for (name, number, *cells), row in zip(rows, [*result["shares"].values(), *baselines], strict=True):
+        assert int(number) == row["regions"], name
+        for cell, kind in zip(cells, ("right", "general", "wrong", "right_or_general"), strict=True):
+            assert float(cell) == pytest.approx(row[kind], abs=0.051), (name, kind)
+    stated = re.search(r"\((\d+) % of unseen regions, (\d+) % with truly more general words\)", words_of("README.md"))
+    assert stated
+    shares = result["shares"]["all"]
+    assert (int(stated[1]), int(stated[2])) == (round(shares["right"]), round(shares["right_or_general"]))
+
+
 def test_judging_times_are_the_slowest_of_the_committed_rounds():
     result = json.loads((RESULTS / "judging_cpu.json").read_text())
     text = words_of("docs/metrics.md")
