@@ -12,6 +12,7 @@ import time
 import pytest
 from judge_server import JudgeServer
 
+from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.drawn.scenes import write_scenes
 from perceptiondlm.evaluation import runner
 from perceptiondlm.evaluation.benchmarks import load_benchmark
@@ -114,7 +115,8 @@ def test_partial_captions_need_the_flag_and_are_marked_everywhere(finished, tmp_
 
 def test_without_a_judge_a_benchmark_is_captioned_only(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", "--dataset", str(finished / "benchmark"), "--steps", "4"]) == 0
+    arguments = ["--dataset", str(finished / "benchmark"), "--model", str(DRAWN_MODEL), "--steps", "4"]
+    assert main(["evaluate", *arguments]) == 0
     out = tmp_path / "outputs" / "evaluate" / "benchmark"  # where no --out says otherwise
     assert (out / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
     assert not (out / "results.json").exists()
@@ -211,7 +213,18 @@ def test_dlc_is_captioned_region_by_region_under_its_annotations_ids(finished, t
 
     monkeypatch.setattr(runner, "caption_image", spy)
     out = tmp_path / "out"
-    arguments = ["evaluate", "--dataset", str(tmp_path), "--steps", "4", "--judge", "rules", "--out", str(out)]
+    arguments = [
+        "evaluate",
+        "--dataset",
+        str(tmp_path),
+        "--model",
+        str(DRAWN_MODEL),
+        "--steps",
+        "4",
+        "--judge",
+        "rules",
+    ]
+    arguments += ["--out", str(out)]
     question = "Describe each masked region in detail."  # the default, so that the captions are those of the other run
     assert main([*arguments, "--question", question]) == 0
     assert [row[1:] for row in rows] == [(1, question)] * 3
