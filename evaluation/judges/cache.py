@@ -115,18 +115,20 @@ class AnswerCache:
         self._answers[key] = answer
 
     def _refresh(self) -> None:
-        """Read the lines added since the last time; a last line without its end is left for later."""
+        """Read the lines added since the last time; a last line without its end is left for later.
+
+        What is new is read at once: a line read in two pieces could begin with what a writer cuts off in between, and
+        end with what it writes there.
+        """
         with self._reading:
             if not self.path.exists():
                 return
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        return
-                    self._num_lines += 1
-                    self._read_record(line)
-                    self._offset += len(line)
+            with self.path.open("rb", buffering=0) as file:
+                added = os.pread(file.fileno(), max(0, os.fstat(file.fileno()).st_size - self._offset), self._offset)
+            for line in added[: added.rfind(b"\n") + 1].splitlines(keepends=True):
+                self._num_lines += 1
+                self._read_record(line)
+                self._offset += len(line)
 
     def _read_record(self, line: bytes) -> None:
         try:

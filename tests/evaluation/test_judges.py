@@ -110,7 +110,7 @@ def test_a_stop_says_why_keeps_all_answers_and_a_second_run_asks_the_rest(
 ):
     with JudgeServer(latency=0.005, stop_after=50, stop_reply=(status, {"error": error})) as server:
         with pytest.raises(JudgeError, match=message) as stopped:
-            _score(_judge(server, tmp_path, concurrency=8))
+            _score(_judge(server, tmp_path, concurrency=8, timeout=10))
         kept = _num_answers(tmp_path)
         assert kept == server.answered.total() >= 50
         assert server.asked.total() <= kept + 8  # nothing was asked after the first refusal
