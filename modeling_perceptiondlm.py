@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -27,7 +26,7 @@ from .inputs_perceptiondlm import PromptInputs
 from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
 from .loss_perceptiondlm import drawn_noise, mask_answers, masked_diffusion_loss, token_losses
 from .passes_perceptiondlm import run_packed
-from .region_features_perceptiondlm import RegionReplay, box_geometry, roi_align
+from .region_features_perceptiondlm import RegionReplay, bin_shares, box_geometry, roi_align, roi_align_each
 from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
 from .vision_perceptiondlm import build_tower
 
@@ -378,14 +377,10 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             if len(chosen):
                 encoded_QnnD = self.encode_tiles(inputs.region_crops[chosen.to(inputs.region_crops.device)])
                 boxes_Q4 = inputs.crop_boxes[chosen].to(encoded_QnnD.device)
-                bins, samples = config.roi_size, config.roi_sampling_ratio
-                pairs = zip(encoded_QnnD, boxes_Q4, strict=True)
-                crops = torch.cat([roi_align(map_nnD, box_4[None], bins, samples) for map_nnD, box_4 in pairs])
+                crops = roi_align_each(encoded_QnnD, boxes_Q4, config.roi_size, config.roi_sampling_ratio)
             chosen = chosen.to(device)
         appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
-        covered_Rb = None
-        if coverage is not None:
-            covered_Rb = F.avg_pool2d(coverage[:, None].float(), config.coverage_subsamples).flatten(1)
+        covered_Rb = None if coverage is None else bin_shares(coverage, config.coverage_subsamples)
         return self.focal_replay(features_RbD, crops, chosen, appearance, covered_Rb)
 
     def run_idle_parts(

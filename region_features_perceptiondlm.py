@@ -55,6 +55,17 @@ def roi_align(feature_map: torch.Tensor, boxes_R4: torch.Tensor, bins: int, samp
     return F.avg_pool2d(sampled, samples).flatten(2).transpose(1, 2).to(feature_map.dtype)
 
 
+def roi_align_each(maps_RnnD: torch.Tensor, boxes_R4: torch.Tensor, bins: int, samples: int) -> torch.Tensor:
+    """`roi_align` of every box in a map of its own: (R, bins², D)."""
+    pairs = zip(maps_RnnD, boxes_R4, strict=True)
+    return torch.cat([roi_align(map_nnD, box_4[None], bins, samples) for map_nnD, box_4 in pairs])
+
+
+def bin_shares(coverage: torch.Tensor, subsamples: int) -> torch.Tensor:
+    """Share of each bin (R, bins²) that masks cover, fp32, from `subsamples`² cells a bin (R, cells, cells)."""
+    return F.avg_pool2d(coverage[:, None].float(), subsamples).flatten(1)
+
+
 def box_geometry(boxes_R4: torch.Tensor, sizes_R2: torch.Tensor) -> torch.Tensor:
     """Boxes (R, 4) as fractions of the image, then their width and height over the image's shorter side: (R, 6)."""
     height, width = sizes_R2.to(boxes_R4.dtype).unbind(-1)

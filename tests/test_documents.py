@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_tables import table_rows
 
 from perceptiondlm.evaluation.reports.paper_tables import paper_table
 from perceptiondlm.studies.miniature import table
@@ -24,19 +25,6 @@ SYSTEMS = {
     "region by region, shared prefix": "ar_shared_prefix",
     "all regions in one batch": "ar_batch",
 }
-
-
-def table_rows(document: str, after: str) -> list[list[str]]:
-    """Cells of the first Markdown table behind a text."""
-    text = (ROOT / document).read_text()
-    lines = text[text.index(after) :].splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
-    table = []
-    for line in lines[start + 1 :]:
-        if not line.startswith("|"):
-            break
-        table.append([cell.strip() for cell in line.strip("|").split("|")])
-    return table
 
 
 def test_speed_table_is_the_committed_measurement():

@@ -18,7 +18,13 @@ from tqdm.auto import tqdm
 
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.focal_perceptiondlm import fill_missed_bins
-from perceptiondlm.region_features_perceptiondlm import box_geometry, merge_tiles, roi_align
+from perceptiondlm.region_features_perceptiondlm import (
+    bin_shares,
+    box_geometry,
+    merge_tiles,
+    roi_align,
+    roi_align_each,
+)
 
 
 STEPS, RATE, WEIGHT_DECAY, DROPOUT = 300, 3e-3, 0.05, 0.5
@@ -82,8 +88,8 @@ def pooled(model: Any, inputs: Any) -> torch.Tensor:
     """Features (R, F) of one picture's regions: averages under the masks, and the boxes."""
     config = model.config
     bins, samples = config.roi_size, config.roi_sampling_ratio
-    coverage, sizes_R2 = inputs["region_coverage"].float(), inputs["image_sizes"].expand(len(inputs["region_boxes"]), 2)
-    covered_Rb = F.avg_pool2d(coverage[:, None], config.coverage_subsamples).flatten(1)
+    sizes_R2 = inputs["image_sizes"].expand(len(inputs["region_boxes"]), 2)
+    covered_Rb = bin_shares(inputs["region_coverage"], config.coverage_subsamples)
     boxes_R4 = config.rois.boxes(inputs["region_boxes"], sizes_R2, False)
     feature_map = merge_tiles(
         square(model.tile_features(inputs["pixel_values"])), tuple(inputs["tile_grids"][0].tolist())
@@ -91,8 +97,7 @@ def pooled(model: Any, inputs: Any) -> torch.Tensor:
     parts = [mean_under_mask(roi_align(feature_map, boxes_R4, bins, samples), covered_Rb)]
     if config.region_crop_size:
         crops = square(model.tile_features(inputs["region_crops"]))
-        pairs = zip(crops, inputs["crop_boxes"], strict=True)
-        own = torch.cat([roi_align(crop, box[None], bins, samples) for crop, box in pairs])
+        own = roi_align_each(crops, inputs["crop_boxes"], bins, samples)
         has_crop_R = (inputs["crop_boxes"] != 0).any(dim=1)[:, None]
         parts.append(mean_under_mask(own, covered_Rb) * has_crop_R)
     parts.append(box_geometry(boxes_R4.float(), sizes_R2))

@@ -8,7 +8,6 @@ Shape legend: R prompts, K points of a prompt, C masks of a prompt, m, n a mask'
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from perceptiondlm.common.loading import torch_device
 from perceptiondlm.serving.found import FoundRegion
+from perceptiondlm.serving.image_cache import content_key
 from perceptiondlm.serving.segmenters.sam_pictures import Frame, PictureSettings
 
 
@@ -133,7 +133,7 @@ class SamSegmenter:
 
     def _encoded(self, image: Image.Image) -> dict[str, Any]:
         """What the model's vision tower made of an image; the last one is kept, since prompts come one by one."""
-        key = picture_key(image)
+        key = content_key(image)
         last = self._last  # another thread may replace it
         if last is None or last[0] != key:
             pixels = self.settings.pixel_values(image).to(self.device, self.model.dtype)
@@ -149,11 +149,6 @@ class SamSegmenter:
 def default_device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def picture_key(image: Image.Image) -> bytes:
-    """What tells pictures apart: size, mode and pixels."""
-    return hashlib.blake2b(image.tobytes() + repr((image.size, image.mode)).encode(), digest_size=16).digest()
 
 
 def distinct(boxes_N4: np.ndarray, scores_N: np.ndarray, most_overlap: float) -> list[int]:

@@ -16,7 +16,8 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model  # by its file: the
 
 from perceptiondlm.common.loading import torch_device
 from perceptiondlm.serving.found import FoundRegion
-from perceptiondlm.serving.segmenters.sam import SamSegmenter, default_device, picture_key
+from perceptiondlm.serving.image_cache import content_key
+from perceptiondlm.serving.segmenters.sam import SamSegmenter, default_device
 from perceptiondlm.serving.segmenters.sam_pictures import PictureSettings
 
 
@@ -88,7 +89,7 @@ class Sam3Segmenter:
 
     def _encoded(self, image: Image.Image) -> Any:
         """What the vision tower made of an image; the last one is kept, since texts come one by one."""
-        key = picture_key(image)
+        key = content_key(image)
         last = self._last  # another thread may replace it
         if last is None or last[0] != key:
             pixels = self.settings.pixel_values(image).to(self.device, self.model.dtype)

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from markdown_tables import table_rows
 
 from perceptiondlm.data_engine.benchmark.sheet import COLUMNS
 from perceptiondlm.scripts.cli import main
@@ -52,21 +53,10 @@ def test_commands_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert score["average"] > 60
 
 
-def rows(after: str) -> list[list[str]]:
-    lines = PAGE[PAGE.index(after) :].splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| ---"))
-    table = []
-    for line in lines[start + 1 :]:
-        if not line.startswith("|"):
-            break
-        table.append([cell.strip() for cell in line.strip("|").split("|")])
-    return table
-
-
 def test_figures_of_filters_are_the_committed_ones():
     measured = json.loads((RESULTS / "data_engine_drawn.json").read_text())
     assert f"in {measured['images']} drawn scenes" in " ".join(PAGE.split())
-    table = rows("### What the filters find")
+    table = table_rows("docs/data-engine.md", "### What the filters find")
     assert len(table) >= 8
     names = {"COCONut": "coconut", "SA-1B": "sa1b", "SA-1B, `merged_iou: 0.9`": "sa1b_merged_rule"}
     for branch, stage, dropped, precision, recall in table:
@@ -103,6 +93,6 @@ def test_shares_of_faultless_pairs_are_the_committed_ones():
 
 def test_figures_of_the_published_files_are_the_committed_ones():
     checks = json.loads((RESULTS / "paradlc_checks.json").read_text())
-    found = {check: int(number) for check, number, _ in rows("### The published files")}
+    found = {check: int(number) for check, number, _ in table_rows("docs/data-engine.md", "### The published files")}
     assert found == checks["exceptions"]
     assert checks["statistics"]["area"]["mean"] == pytest.approx(0.071, abs=0.0005)
