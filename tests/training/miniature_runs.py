@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from perceptiondlm.checkpoints.folder import newest_checkpoint
 from perceptiondlm.training.config import RunConfig, load_run_config
 
 
@@ -100,3 +104,22 @@ def log_of(folder: Path) -> list[dict]:
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in log_of(folder) if "loss" in row]
+
+
+def kill_after_a_checkpoint(arguments: list[str], folder: Path, seconds: float) -> None:
+    """Start a run in a process group of its own; SIGKILL at a random moment after its first checkpoint in `folder`.
+
+    Args:
+        seconds: after which it is killed without one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **quiet)
+    try:
+        deadline = time.monotonic() + seconds
+        while newest_checkpoint(folder) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(random.random() / 5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

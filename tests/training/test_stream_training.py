@@ -2,20 +2,17 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from miniature_runs import kill_after_a_checkpoint
 from safetensors.torch import load_file
 
-from perceptiondlm.checkpoints.folder import newest_checkpoint
 from perceptiondlm.training.config import load_run_config
 from perceptiondlm.training.train import train
 
@@ -78,16 +75,7 @@ def test_a_killed_run_on_a_stream_resumes_to_the_same_weights(tmp_path, data):
     config = write_config(broken, data)
     command = launch("--cpu", "training/train.py", str(config), *settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **quiet)
-    try:
-        deadline = time.monotonic() + 180
-        while newest_checkpoint(broken) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(random.random() / 5)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_after_a_checkpoint(command, broken, 180)
     assert not (broken / "final").exists(), "the run ended before it was killed"
     resumed = subprocess.run(
         [*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -1,12 +1,7 @@
 """Whole runs in miniature: learning, checkpoints that stand alone, kill and resume, two processes, failures, stages."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from miniature_runs import ROOT, command, launch, log_of, losses, miniature, weights, write_miniature
+from miniature_runs import (
+    ROOT,
+    command,
+    kill_after_a_checkpoint,
+    launch,
+    log_of,
+    losses,
+    miniature,
+    weights,
+    write_miniature,
+)
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoModel, AutoProcessor, Trainer
@@ -139,17 +144,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_by_bit(tmp_path):
     train(miniature(straight, *settings))
     config = write_miniature(broken)
     arguments = command("--cpu", "training/train.py", str(config), *settings)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **quiet)
-    try:
-        deadline = time.monotonic() + 120
-        while newest_checkpoint(broken) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(random.random() / 5)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_after_a_checkpoint(arguments, broken, 120)
     assert newest_checkpoint(broken) is not None
     assert not (broken / "final").exists(), "the run ended before it was killed"
     resumed = launch("--cpu", "training/train.py", str(config), *settings, "--resume")
