@@ -1,5 +1,6 @@
 """Answers on both sides of the model: texts to training targets, generated ids to texts with scores."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,9 +36,11 @@ def encode_answers(
     return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
 
 
-def decode_answers(output, tokenizer) -> list[dict[str, Any]]:
+def decode_answers(output, tokenizer, calibration: Sequence[float] | None = None) -> list[dict[str, Any]]:
     """Every answer's text up to its end token and its score, the mean probability of the tokens it is made of.
 
+    Args:
+        calibration: slope and intercept that bring the score's log-odds to those of the answer being true.
     Returns:
         one `{"text": str, "score": float in [0, 1], "sample": int}` per answer, in the output's order.
     """
@@ -49,5 +52,20 @@ def decode_answers(output, tokenizer) -> list[dict[str, Any]]:
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         used = confidences[: length + 1]  # the end token is part of the decision
         text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
-        answers.append({"text": text, "score": sum(used) / len(used), "sample": sample})
+        score = calibrated(sum(used) / len(used), calibration)
+        answers.append({"text": text, "score": score, "sample": sample})
     return answers
+
+
+def calibrated(score: float, calibration: Sequence[float] | None) -> float:
+    """A score in [0, 1] whose log-odds went through slope and intercept (Platt scaling)."""
+    if calibration is None:
+        return score
+    slope, intercept = calibration
+    return 1 / (1 + math.exp(-(slope * log_odds(score) + intercept)))
+
+
+def log_odds(score: float, margin: float = 1e-6) -> float:
+    """Of a score in [0, 1], finite."""
+    inside = min(max(score, margin), 1 - margin)
+    return math.log(inside / (1 - inside))

@@ -98,6 +98,9 @@ class PerceptionDLMConfig(PreTrainedConfig):
             of the colours under the mask.
         region_pooling (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry the mean of the
             region's features under its mask, which stands in for the features of bins that the mask does not touch.
+        image_in_prompt (`bool`, defaults to `True`): whether the language model reads the image's tokens. Without them,
+            under `"replay"` only, an image reaches it through regions alone, one placeholder stands for it in the
+            prompt, and more tiles cost no tokens.
         text_only (`bool`): a language model without vision tower and projector, as converted from LLaDA alone; needs
             `region_conditioning="none"`.
         roi_variant (`str`, defaults to `"aligned"`): where RoI features are sampled: `"aligned"`, at a region's true
@@ -134,6 +137,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     region_crop_size: int = 0
     region_appearance: bool = False
     region_pooling: bool = False
+    image_in_prompt: bool = True
     text_only: bool = False
     roi_variant: str = "aligned"
     supervise_markers: bool = False
@@ -190,6 +194,11 @@ class PerceptionDLMConfig(PreTrainedConfig):
         for name in ("region_crop_size", "region_appearance", "region_pooling"):
             if getattr(self, name) and self.region_conditioning != "replay":
                 raise ValueError(f"{name} needs region_conditioning='replay', got {self.region_conditioning!r}")
+        if not self.image_in_prompt and self.region_conditioning != "replay":
+            raise ValueError(
+                f"image_in_prompt=False needs region_conditioning='replay', got {self.region_conditioning!r}: regions "
+                "alone show the image then"
+            )
         if self.region_conditioning == "replay" and not self.use_roi_replay:
             raise ValueError("region_conditioning='replay' needs use_roi_replay=True: nothing else carries the region")
         if self.region_conditioning == "vision" and not (self.use_roi_replay or self.use_region_prompts):
@@ -239,6 +248,10 @@ class PerceptionDLMConfig(PreTrainedConfig):
     def tokens_per_side(self) -> int:
         """Image tokens along one side of a tile, after pixel-unshuffle."""
         return self.patches_per_side // self.pixel_unshuffle
+
+    def image_tokens(self, tiles: int) -> int:
+        """Tokens of the prompt that stand for an image of so many tiles."""
+        return tiles * self.tokens_per_side**2 if self.image_in_prompt else 1
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "PerceptionDLMConfig":

@@ -178,7 +178,7 @@ class PromptInputs:
             images = [] if self.pixel_values is None else [1] * len(self.pixel_values)
         else:
             images = [num_tiles(grid) for grid in self.tile_grids.tolist()]
-        sizes, shown, image = [tiles * config.tokens_per_side**2 for tiles in images], [], 0
+        sizes, shown, image = [config.image_tokens(tiles) for tiles in images], [], 0
         for count in places:
             row = []
             while count > 0 and image < len(sizes):

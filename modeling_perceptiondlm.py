@@ -259,8 +259,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             embeds = self.get_input_embeddings()(inputs.input_ids)
         if tiles is None:
             tiles = self._encode_shown(inputs)
-        features = torch.cat([image.flatten(0, 2) for image in tiles]) if tiles else embeds[:0]
-        embeds = scatter_features(embeds, inputs.input_ids == self.config.image_token_id, features, "image")
+        if self.config.image_in_prompt:
+            features = torch.cat([image.flatten(0, 2) for image in tiles]) if tiles else embeds[:0]
+            embeds = scatter_features(embeds, inputs.input_ids == self.config.image_token_id, features, "image")
         roles = inputs.roles
         if self.config.use_roi_replay and inputs.region_boxes is not None and len(inputs.region_boxes):
             regions_RbD = self.replay_regions(inputs, tiles, training)

@@ -65,7 +65,7 @@ REGION_FORMS = ("masks", "boxes", "label_map", "points")
 REGION_SETTINGS = ("max_regions_per_pass", "resize_masks", "share_prompt_ids")  # of a call
 OWN_SETTINGS = (
     "crop_context", "crop_max_share", "max_regions_per_pass", "mask_sampling", "mask_threshold", "sort_regions",
-    "system_prompt", "region_question",
+    "system_prompt", "region_question", "score_calibration",
 )  # fmt: skip
 LOCATION = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # What processors saved before they read the model's config: its fields, and those of its vision config.
@@ -100,6 +100,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
         sort_regions (`bool`): whether regions enter the sequence by area, largest first, as the published weights
             know it. Captions come back in the order given in any case.
         system_prompt (`str`, *optional*), region_question (`str`): the turns of a region prompt.
+        score_calibration (two `float`s, *optional*): slope and intercept that take the log-odds of an answer's mean
+            token probability to those of its being true, as measured on annotated regions (see `perceptiondlm evaluate
+            --dataset photos`). Without them `score` is that mean.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         sort_regions=False,
         system_prompt="You are a helpful assistant.",
         region_question="Describe each masked region in detail.",
+        score_calibration=None,
     ):
         if image_processor is None:
             sizes = {} if config is None else {"tile_size": config.vision_config.image_size}
@@ -126,6 +130,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         self.mask_sampling, self.mask_threshold = mask_sampling, mask_threshold
         self.sort_regions = sort_regions
         self.system_prompt, self.region_question = system_prompt, region_question
+        self.score_calibration = score_calibration
         self.image_token = IMAGE_TOKEN
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self._check_settings()
@@ -148,6 +153,9 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 f"crop_context must be at least 1 and crop_max_share in [0, 1], got {self.crop_context!r} and "
                 f"{self.crop_max_share!r}"
             )
+        pair = self.score_calibration
+        if pair is not None and not (isinstance(pair, (list, tuple)) and [type(x) for x in pair] == [float, float]):
+            raise ValueError(f"score_calibration must be None or two floats, slope and intercept, got {pair!r}")
         if type(self.sort_regions) is not bool:
             raise ValueError(f"sort_regions must be True or False, got {self.sort_regions!r}")
 
@@ -407,6 +415,11 @@ class PerceptionDLMProcessor(ProcessorMixin):
             images = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
+        if any(images) and not self.config.image_in_prompt:
+            raise ValueError(
+                "this model sees regions alone (image_in_prompt=False), no image as a whole: give masks or boxes with "
+                "the question, such as one of the whole picture"
+            )
         image_processor = self.image_processor.with_settings(**image_settings)
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):
@@ -438,7 +451,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """Tokens that an image of (width, height) pixels with this many regions takes, the fixed text left out."""
         tiles = num_tiles(self.image_processor.with_settings(max_tiles=max_tiles).grid(size))
         regions = num_regions * (self.config.roi_size**2 + 1) * self.config.use_roi_replay
-        return tiles * self.config.tokens_per_side**2 + regions
+        return self.config.image_tokens(tiles) + regions
 
     # --- answers --------------------------------------------------------------------------------------------------
 
@@ -450,7 +463,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def decode_answers(self, output) -> list[dict[str, Any]]:
         """Text, score and sample of every answer: see `answers_perceptiondlm.decode_answers`."""
-        return decode_answers(output, self.tokenizer)
+        return decode_answers(output, self.tokenizer, self.score_calibration)
 
     def post_process_region_captions(
         self, output, output_scores: bool = False, num_images: int | None = None

@@ -83,7 +83,7 @@ def expand_images(
     places = encoded[0].count(image_token)
     if places != len(grids):
         raise ValueError(f"{name} has {places} image placeholders ({IMAGE_TOKEN}) for {len(grids)} images")
-    sizes = iter(num_tiles(grid) * config.tokens_per_side**2 for grid in grids)
+    sizes = iter(config.image_tokens(num_tiles(grid)) for grid in grids)
     repeats = [next(sizes) if token == image_token else 1 for token in encoded[0]]
     pairs = [pair for pair, count in zip(zip(*encoded, strict=True), repeats, strict=True) for _ in range(count)]
     return [token for token, _ in pairs], [place for _, place in pairs]

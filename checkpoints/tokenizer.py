@@ -6,12 +6,11 @@ differ. Deterministic: the same scenes give the same merges.
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS
-from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
@@ -55,18 +54,14 @@ def scene_texts(seed: int, num_images: int) -> Iterable[str]:
         yield from (f"{question}\n{answer}" for question, answer in scene_conversation(scene))
 
 
-def name_texts(repeats: int, further: Iterable[str] = ()) -> Iterable[str]:
-    """Captions that name COCO's categories, what is more general, and `further` words, `repeats` of each.
-
-    So every word is frequent enough for a token of its own.
+def colour_texts(repeats: int = 100) -> Iterable[str]:
+    """What captions of named regions say beside the name: colours, sizes and places, each word frequent enough to be
+    a token of its own.
     """
-    words = [word for entry in NameTable.coco().entries.values() for word in (entry.name, *entry.broader)]
     sizes, rows, columns = ("tiny", "small", "medium-sized", "large"), ("top", "bottom"), ("left", "right")
-    colours = " and ".join(COLOUR_WORDS)
     places = " ".join(f"at the {row} {column}" for row in rows for column in columns)
-    for word in dict.fromkeys((*words, *further)):
-        text = f"{word}, a {word}, an {word}, {colours}, {' '.join(sizes)}, {places}, in the middle"
-        yield from (text for _ in range(repeats))
+    text = f", {' and '.join(COLOUR_WORDS)}, {' '.join(sizes)}, {places}, in the middle"
+    yield from (text for _ in range(repeats))
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | list[int]]:
@@ -94,8 +89,15 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | lis
     return ids
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE of at most `vocab_size` entries, special tokens included (they take the last ids)."""
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, phrases: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE of at most `vocab_size` entries, special tokens included (they take the last ids).
+
+    Args:
+        phrases: each becomes one token behind those, whole words only. A name with its article is one: which name a
+            caption begins with is then one decision among all of them, not first one between "a" and "an".
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,6 +108,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens([AddedToken(phrase, single_word=True, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",

@@ -40,14 +40,13 @@ class TokenizerConfig:
     Args:
         vocab_size: most entries.
         scenes: drawn scenes of `seed`, whose texts are read.
-        names: how often each name of COCO's categories and of the run's `named_regions` is read among them, 0 for a
-            model of the drawn world alone.
+        names: whether each name of COCO's categories and of the run's `named_regions` is a token, with its article.
     """
 
     vocab_size: int = 1024
     scenes: int = 1000
     seed: int = 1
-    names: int = 0
+    names: bool = False
 
 
 @dataclass

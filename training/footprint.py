@@ -117,7 +117,7 @@ def planned_sequence(run: RunConfig, config: PerceptionDLMConfig) -> Sequence:
     """A typical sample: `plan`'s tiles, text and answer, or as many regions as one holds in the mean."""
     most = num_tiles((run.processor.get("max_tiles", 6), 1))
     tiles = run.plan.tiles or most
-    image = tiles * config.tokens_per_side**2
+    image = config.image_tokens(tiles)
     if all(source.kind in REGION_KINDS for source in run.data.sources):
         regions = run.plan.regions or (1 + config.num_region_prompts) / 2
         answers = round(regions * (run.loss.num_slots + 1) * run.loss.noise_copies)

@@ -14,14 +14,14 @@ from perceptiondlm.checkpoints.convert import local_folder
 from perceptiondlm.checkpoints.files import Checkpoint
 from perceptiondlm.checkpoints.folder import prepare_config
 from perceptiondlm.checkpoints.recipes import Recipe, detect, region_recipe
-from perceptiondlm.checkpoints.tokenizer import build_tokenizer, name_texts, scene_texts, special_token_ids
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, colour_texts, scene_texts, special_token_ids
 from perceptiondlm.checkpoints.vision_towers import load_tower_weights
 from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConfig
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
 from perceptiondlm.training.config import PARTS, QUANTIZED, RunConfig
-from perceptiondlm.training.data.named_regions import caption_words
+from perceptiondlm.training.data.named_regions import caption_names
 from perceptiondlm.training.sharding import sharding_asked
 
 
@@ -85,10 +85,11 @@ def fresh_parts(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMProce
     """Config and processor of a model from nothing."""
     settings = model_settings(run)
     settings["text_config"].pop("vocab_size", None)  # the tokenizer's
-    names = name_texts(run.tokenizer.names, caption_words(run.data.sources)) if run.tokenizer.names else ()
-    texts = chain(scene_texts(run.tokenizer.seed, run.tokenizer.scenes), names)
+    texts, names = scene_texts(run.tokenizer.seed, run.tokenizer.scenes), []
+    if run.tokenizer.names:
+        texts, names = chain(texts, colour_texts()), caption_names(run.data.sources)
     positions = settings["text_config"].get("max_position_embeddings", run.data.max_length)
-    tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions)
+    tokenizer = build_tokenizer(texts, run.tokenizer.vocab_size, positions, names)
     config = build_config(settings, tokenizer)
     return config, PerceptionDLMProcessor.from_config(config, tokenizer, **run.processor)
 

@@ -37,6 +37,8 @@ def table_lines(report: Mapping[str, Any]) -> list[str]:
     if calibration := report["calibration"]:
         lines.append(f"confidence: expected calibration error {calibration['expected_error']:.3f}; mean score: true")
         lines += [f"  {one['score']:.2f}: {one['true']:.2f} ({one['regions']} regions)" for one in calibration["bins"]]
+        slope, intercept = calibration["fit"]
+        lines.append(f"a processor's score_calibration to these regions: [{slope:.3f}, {intercept:.3f}]")
     return lines
 
 

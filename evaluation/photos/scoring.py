@@ -13,7 +13,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
+from perceptiondlm.answers_perceptiondlm import log_odds
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS, TRUE_SHARE, colour_shares
 from perceptiondlm.evaluation.photos.names import VERDICTS, NameTable
@@ -135,7 +138,7 @@ def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
 
     Returns:
         `bins` of equal width with `score` (mean), `true` (share) and `regions`; `expected_error`, the mean distance of
-        the two over regions (ECE); None where captions come without scores.
+        the two over regions (ECE); `fit`, see `fit_scores`; None where captions come without scores.
     """
     scored = [(one.score, one.verdict != "wrong") for one in results if one.score is not None]
     if not scored:
@@ -147,7 +150,29 @@ def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
             mean, true = (sum(values) / len(inside) for values in zip(*inside, strict=True))
             bins.append({"score": mean, "true": true, "regions": len(inside)})
             error += abs(mean - true) * len(inside) / len(scored)
-    return {"bins": bins, "expected_error": error}
+    return {"bins": bins, "expected_error": error, "fit": fit_scores(scored)}
+
+
+def fit_scores(scored: Sequence[tuple[float, bool]]) -> list[float]:
+    """Slope and intercept that a processor with these scores takes as `score_calibration` (Platt scaling).
+
+    Logistic regression of truth on the scores' log-odds, with a prior of one region around slope 1 and intercept 0.
+    """
+    odds_R = torch.tensor([log_odds(score) for score, _ in scored], dtype=torch.float64)
+    true_R = torch.tensor([float(true) for _, true in scored], dtype=torch.float64)
+    line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        misfit = F.binary_cross_entropy_with_logits(line[0] * odds_R + line[1], true_R, reduction="sum")
+        value = misfit + ((line[0] - 1) ** 2 + line[1] ** 2) / 2
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return line.detach().tolist()
 
 
 def most_frequent_name(pictures: Sequence[NamedPicture], table: NameTable) -> str:

@@ -1,17 +1,26 @@
 """Named regions: what captions call them, colours, annotation files of every form, scores and the command."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from perceptiondlm.answers_perceptiondlm import calibrated
 from perceptiondlm.evaluation.photos.annotations import read_pictures
 from perceptiondlm.evaluation.photos.benchmark import load_named_regions, name_table
 from perceptiondlm.evaluation.photos.colours import colour_shares, named_colours
 from perceptiondlm.evaluation.photos.names import CategoryNames, NameTable
-from perceptiondlm.evaluation.photos.scoring import RegionResult, calibration, colours_right, score_picture, summarize
+from perceptiondlm.evaluation.photos.scoring import (
+    RegionResult,
+    calibration,
+    colours_right,
+    fit_scores,
+    score_picture,
+    summarize,
+)
 
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
@@ -229,6 +238,19 @@ def test_calibration_compares_confidence_with_truth():
     boasting = [result(0.95, "wrong")] * 4
     assert calibration(boasting)["expected_error"] == pytest.approx(0.95)
     assert calibration([result(None, "right")]) is None
+
+
+def test_a_fitted_calibration_makes_scores_honest():
+    dice = random.Random(0)
+    told = [0.5 + 0.5 * dice.random() for _ in range(4000)]
+    scored = [(score, dice.random() < score**4) for score in told]  # far too sure of itself
+    line = fit_scores(scored)
+    for low in (0.5, 0.7, 0.9):
+        inside = [(calibrated(score, line), true) for score, true in scored if low <= score < low + 0.1]
+        mean, share = (sum(values) / len(inside) for values in zip(*inside, strict=True))
+        assert mean == pytest.approx(share, abs=0.08)
+    assert all(0 <= calibrated(score, line) <= 1 for score in (0.0, 0.5, 1.0))
+    assert fit_scores([(0.9, True)])[0] == pytest.approx(1, abs=0.2)  # one region says next to nothing
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the shared photos are not there")

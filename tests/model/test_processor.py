@@ -1,5 +1,7 @@
 """The processor: batches as documented, tiling, prompts, coverage, answers, and what it refuses."""
 
+import copy
+import math
 import re
 import tracemalloc
 from types import SimpleNamespace
@@ -603,6 +605,10 @@ def test_an_answer_may_fill_its_slots_and_no_more(replay):
     assert replay.tokenizer.decode(ids[0]) == answer  # no end token
     output = SimpleNamespace(sequences=ids, confidences=torch.ones(1, length), sample_ids=torch.tensor([0]))
     assert replay.decode_answers(output) == [{"text": answer, "score": 1.0, "sample": 0}]
+    tempered = copy.copy(replay)
+    tempered.score_calibration = [2.0, -1.0]
+    output.confidences = torch.full((1, length), 0.8)
+    assert tempered.decode_answers(output)[0]["score"] == pytest.approx(16 / (16 + math.e))  # odds 4² / e
     with pytest.raises(ValueError, match=rf"answer 1 has {length} tokens, accepted are 1 to {length - 1}: 'a red cat"):
         replay.encode_answers(["a cat", answer], num_slots=length - 1)
     with pytest.raises(ValueError, match="answer 0 has 0 tokens"):

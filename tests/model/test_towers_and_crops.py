@@ -27,13 +27,14 @@ CONV = {
 FOCAL = {"region_crop_size": 48, "region_appearance": True, "region_pooling": True}
 
 
-@pytest.fixture(scope="module", params=["siglip", "conv"])
+@pytest.fixture(scope="module", params=["siglip", "conv", "regions_alone"])
 def focal(request, tokenizer, tiny_model):
-    """A model with crops and colours, by either tower."""
+    """A model with crops and colours, by either tower; the last reads no image token but its regions'."""
     if request.param == "siglip":
         return tiny_model(**FOCAL)
     text = tiny_model().config.text_config.to_dict()
-    settings = {**FOCAL, "vision_config": CONV, "text_config": text, "vision_feature_layer": -1}
+    shown = {"image_in_prompt": request.param != "regions_alone"}
+    settings = {**FOCAL, **shown, "vision_config": CONV, "text_config": text, "vision_feature_layer": -1}
     model = PerceptionDLMForConditionalGeneration(build_config(settings, tokenizer))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -75,6 +76,20 @@ def test_crops_and_colours_matter_to_their_region(focal, tiny_processor, scene):
         other = scores(focal, changed)
         torch.testing.assert_close(other[[0, 2]], plain[[0, 2]], atol=1e-4, rtol=1e-3)
         assert (other[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_where_regions_alone_show_the_image_tiles_cost_no_tokens(focal, tiny_processor, scene):
+    processor = tiny_processor(focal, max_tiles=4)
+    prompts = [processor(images=scene.image, masks=masks_of(scene), max_tiles=most) for most in (1, 4)]
+    assert len(prompts[1]["pixel_values"]) > len(prompts[0]["pixel_values"])
+    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    assert lengths[0] == lengths[1] if not focal.config.image_in_prompt else lengths[0] < lengths[1]
+    assert (scores(focal, prompts[0]) - scores(focal, prompts[1])).abs().max() > 1e-3  # they are seen, though
+    text = processor.region_text_length()
+    assert lengths[1] == text + processor.prompt_length(scene.image.size, len(scene.objects))
+    if not focal.config.image_in_prompt:
+        with pytest.raises(ValueError, match="sees regions alone"):
+            processor(images=scene.image, text="What is this?")
 
 
 def test_large_regions_may_skip_their_crop(focal, tiny_processor, scene):
@@ -206,6 +221,7 @@ def test_a_fresh_process_loads_what_was_saved(focal, tiny_processor, scene, tmp_
         ({"region_crop_size": 48, "region_conditioning": "vision"}, "needs region_conditioning='replay'"),
         ({"region_appearance": True, "region_conditioning": "none"}, "needs region_conditioning='replay'"),
         ({"region_pooling": True, "region_conditioning": "none"}, "region_pooling needs region_conditioning"),
+        ({"image_in_prompt": False, "region_conditioning": "vision"}, "image_in_prompt=False needs"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes, message, tiny_model):

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
-from perceptiondlm.checkpoints.tokenizer import build_tokenizer, name_texts
+from perceptiondlm.checkpoints.tokenizer import build_tokenizer, colour_texts
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.training.data.bad_records import BadRecord
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_mixture
-from perceptiondlm.training.data.named_regions import NamedRegionSource, caption_words, cut_out
+from perceptiondlm.training.data.named_regions import NamedRegionSource, caption_names, cut_out
 from perceptiondlm.training.data.true_captions import place, true_caption, with_article
 
 
@@ -131,13 +132,19 @@ def test_a_path_is_needed():
         SourceConfig("named_regions")
 
 
-def test_every_name_of_a_run_is_a_word_of_its_tokenizer(annotated, tmp_path):
+def test_every_name_of_a_run_is_one_token_with_its_article(annotated, tmp_path):
     lemmas = {"image": "whole.png", "names": ["axolotl", "mud puppy"], "hypernyms": ["salamander", "animal"]}
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "whole.json").write_text(json.dumps([lemmas]))
     sources = [SourceConfig("named_regions", path=str(path)) for path in (annotated, tmp_path / "whole.json")]
-    words = caption_words([*sources, SourceConfig("scenes", samples=1)])
-    assert {"axolotl", "animal"} < set(words)
-    tokenizer = build_tokenizer(name_texts(30, words), 2048, 4096)
-    texts = [f"a {word}" for word in words if " " not in word]
-    assert [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] == [2] * len(texts)
+    names = caption_names([*sources, SourceConfig("scenes", samples=1)])
+    assert {"an axolotl", "an animal", "grass", "a traffic light"} < set(names)
+    tokenizer = build_tokenizer(colour_texts(), 512, 4096, names)
+    captions = [f"{name}, red and white, tiny, at the top left" for name in names]
+    ids = tokenizer(captions, add_special_tokens=False)["input_ids"]
+    assert {len(row) for row in ids} == {len(ids[0])}
+    assert len({row[0] for row in ids}) == len(names)  # the first token tells the names apart
+    assert tokenizer.batch_decode(ids) == captions
+    loaded = AutoTokenizer.from_pretrained(tokenizer.save_pretrained(tmp_path / "saved") and tmp_path / "saved")
+    assert loaded(captions, add_special_tokens=False)["input_ids"] == ids
+    assert len(tokenizer("a category", add_special_tokens=False)["input_ids"]) > 1  # no "a cat" inside a word

@@ -130,15 +130,15 @@ def words_of(region: NamedRegion, table: NameTable) -> CategoryNames:
     return table[region.category]
 
 
-def caption_words(sources: Iterable[SourceConfig]) -> list[str]:
-    """Every word that captions of these sources' named regions may use as a name."""
-    table, words = NameTable.coco(), dict[str, None]()
+def caption_names(sources: Iterable[SourceConfig]) -> list[str]:
+    """Every name that captions of these sources may begin with, article included, and those of COCO's categories."""
+    table = NameTable.coco()
+    entries = list(table.entries.values())
     for source in sources:
         if source.kind == "named_regions":
             pictures = read_pictures(str(source.path), source.image_root)
-            entries = [words_of(region, table) for picture in pictures for region in picture.regions]
-            words |= dict.fromkeys(word for entry in entries for word in (entry.name, *entry.broader))
-    return list(words)
+            entries += [words_of(region, table) for picture in pictures for region in picture.regions]
+    return list(dict.fromkeys(with_article(word) for entry in entries for word in (entry.name, *entry.broader)))
 
 
 def cut_out(
