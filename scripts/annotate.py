@@ -1,7 +1,7 @@
 """`perceptiondlm annotate`: caption the regions of a whole collection; a second call continues where a run stopped.
 
 SOURCE is a folder or glob of pictures, a COCO or LVIS JSON file, parquet files, WebDataset shards, or a data set on the
-Hub (org/name). See docs/annotate.md.
+Hub (org/name). `--retry-failed` tries again what failed before. See docs/annotate.md.
 """
 
 import argparse
@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder, glob, .json, .parquet, .tar, or a data set on the Hub (org/name)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; continued if it is a run's")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try the images and regions again that are in failures.jsonl"
+    )
     add_region_arguments(parser.add_argument_group("regions"))
     add_source_arguments(parser.add_argument_group("source"))
     add_engine_arguments(parser.add_argument_group("where it runs"))
@@ -86,10 +89,12 @@ def run(options: argparse.Namespace) -> None:
     )
     wanted = Wanted(options.export, options.preview, options.push_to_hub, options.private)
     try:
-        outcome = annotate(job_of(options), engine, wanted, options.overwrite)
+        outcome = annotate(job_of(options), engine, wanted, options.overwrite, options.retry_failed)
     except KeyboardInterrupt:
         print(f"stopped: the same command continues in {options.out}", file=sys.stderr)
         raise SystemExit(130) from None
+    if outcome.retried:
+        print(outcome.retried.sentence())
     speed = f", {outcome.regions_per_second:.1f} regions/s" if outcome.regions_per_second else ""
     print(f"{outcome.folder}: {outcome.totals.sentence()}{speed}")
     for file in outcome.files:

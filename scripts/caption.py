@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="skip",
         help="an image that cannot be read: caption the others and name it at the end, or stop",
     )
+    parser.add_argument(
+        "--merge-spans",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="videos: one span of consecutive key frames of an object whose captions are equal (the default)",
+    )
     parser.add_argument("--every", type=float, default=2.0, help="videos: seconds between the key frames of a shot")
     parser.add_argument("--max-regions-per-pass", type=int, help="split the regions of an image into passes")
     add_model_arguments(parser)

@@ -29,9 +29,10 @@ def run_videos(options: argparse.Namespace) -> None:
     keywords: dict[str, Any] = generate_settings(options)
     if options.question is not None:
         keywords["text"] = options.question
+    keywords |= {"every": options.every, "merge_spans": options.merge_spans}
     results = []
     for path, objects in zip(options.images, masklets, strict=True):
-        spans = caption_video(pipe, path, objects, every=options.every, progress=True, **keywords)
+        spans = caption_video(pipe, path, objects, progress=True, **keywords)
         results.append({"video": str(path), "spans": spans})
         print_spans(path, spans)
     if options.json:

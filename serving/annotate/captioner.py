@@ -45,7 +45,7 @@ class Captioner:
         named = job.regions.segmenter
         self.segmenter = load_segmenter(named, device) if job.regions.needs_model and named else None
         self.limit = job.regions_per_batch
-        self.went_through = False
+        self.went_through = job.retry is not None
 
     def __call__(self, part: PreparedPart) -> dict[str, int]:
         """Caption a part's regions, write its file, and say how many there were."""
@@ -74,7 +74,8 @@ class Captioner:
             rows = [region_record(image.record, key, region, answer, *made, span) for key, region, answer, span in told]
             records += rows
             read.append({**image.record, "regions": len(rows), "part": part.number})
-        return PartResult(part.number, records, read, [entry for place in failures for entry in failures[place]])
+        failed = [entry | {"place": images[place].record["place"]} for place in failures for entry in failures[place]]
+        return PartResult(part.number, records, read, failed)
 
     def _found(self, image: PreparedImage) -> PreparedImage:
         """The image with the regions that a segmenter on this device finds."""

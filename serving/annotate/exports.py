@@ -4,11 +4,13 @@ OUT/exports/coco.json                 COCO with a "caption" and a "score" in eve
 OUT/exports/fiftyone/                 labels.json and data.json, a COCODetectionDataset
 OUT/exports/cvat.xml                  "CVAT for images 1.1": masks with the attributes caption and score
 OUT/exports/label_studio.json         tasks with pre-annotations: brushes, each with its caption
+OUT/exports/spans.json                of videos: a list of {"video", "spans"}, as `perceptiondlm caption --json` has it
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
@@ -17,7 +19,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from perceptiondlm.common.region_files.label_studio import encode_brush
+from perceptiondlm.serving.annotate.plan import Plan
 from perceptiondlm.serving.annotate.results import image_rows, images_with_regions, region_rows
+from perceptiondlm.serving.spans import merge_spans
 
 
 UNNAMED = "region"  # category of a region without a label
@@ -197,9 +201,40 @@ def label_studio_task(image: dict[str, Any], rows: list[dict[str, Any]]) -> dict
     return {"data": {"image": name, "id": image["id"]}, "predictions": [prediction] if rows else []}
 
 
+# --- time spans -------------------------------------------------------------------------------------------------------
+
+
+def export_spans(folder: Path, target: Path) -> Path:
+    """Videos with the spans of their objects; consecutive key frames with one caption are one span."""
+    return written(target / "spans.json", span_pieces(folder))
+
+
+def span_pieces(folder: Path) -> Iterator[str]:
+    yield "["
+    videos = groupby(looks_of(folder), key=lambda look: look[0])
+    yield from listed({"video": video, "spans": merge_spans(look for _, look in looks)} for video, looks in videos)
+    yield "]\n"
+
+
+def looks_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every record of a run on videos with its video's path, as an entry of `merge_spans`."""
+    plan = Plan.open(folder)
+    for number, images in groupby(images_with_regions(folder), key=lambda pair: pair[0]["part"]):
+        shots = {f"frame{entry['frame']:06d}": entry for entry in plan.part(number)["frames"]}
+        for image, rows in images:
+            entry = shots[image["id"].rpartition("/")[2]]
+            shared = {"frame": entry["frame"], "shot": entry["shot"], "frames": [entry["frame"]]}
+            for row in rows:
+                name = row["id"].removeprefix(f"{image['id']}/")
+                kept = {key: row[key] for key in ("start", "end", "caption", "score", "box")}
+                yield image["image"], {"object": name, **kept, **shared}
+
+
+SPANS = "spans"  # name of the export that videos alone have
 EXPORTS: dict[str, Callable[[Path, Path], Path]] = {
     "coco": export_coco,
     "fiftyone": export_fiftyone,
     "cvat": export_cvat,
     "label-studio": export_label_studio,
+    SPANS: export_spans,
 }

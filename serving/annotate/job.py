@@ -9,7 +9,7 @@ from typing import Any
 
 FORMS = ("masks", "boxes", "label_map")
 BOX_FORMATS = ("xyxy", "xywh")
-HOW = ("out", "device", "regions_per_batch", "images_per_part")  # fields that say how it is done, not what
+HOW = ("out", "device", "regions_per_batch", "images_per_part", "retry")  # fields that say how it is done, not what
 WITHOUT_MODEL = (None, "none", "classical")  # segmenters that readers run; others need a device
 
 
@@ -70,6 +70,7 @@ class AnnotationJob:
         generate: settings of `generate`.
         regions_per_batch: most regions in a pass of the model.
         images_per_part: most images of a part.
+        retry: a name of its own for another try at what failed in a run whose model has worked; None for a run.
     """
 
     source: str
@@ -91,6 +92,7 @@ class AnnotationJob:
     generate: dict[str, Any] = field(default_factory=dict)
     regions_per_batch: int = 32
     images_per_part: int = 32
+    retry: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("regions_per_batch", "images_per_part"):

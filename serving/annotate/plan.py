@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,9 @@ from perceptiondlm.serving.records import region_table
 
 
 METADATA = b"perceptiondlm"  # key under which a part's file says what was done
-FORMAT = 1  # of the folder's layout
-OWN = ("run.json", "plan.jsonl", "parts", "data", "images", "failures.jsonl", "README.md", "exports", "preview.jpg")
+FORMAT = 2  # of the folder's layout
+WRITTEN = ("run.json", "plan.jsonl", "parts", "retry")  # what a run keeps for itself
+RESULTS = ("data", "images", "failures.jsonl", "README.md", "exports", "preview.jpg")
 BEGUN = (".lock", "parts", "plan.jsonl", "plan.jsonl.part")  # what a run leaves that was killed while planning
 
 
@@ -84,8 +85,10 @@ class PartResult:
     Attributes:
         number: of the part.
         records: of its regions, in the source's order.
-        images: `{"id", "image", "width", "height", "regions"}` of its images that were read.
-        failures: `{"id", "image", "error"}` of images and regions that could not be read or captioned.
+        images: `{"id", "image", "width", "height", "place", "regions", "part"}` of its images that were read; `place`
+            is the number of the image within the part.
+        failures: `{"id", "image", "kind", "error", "place"}` of images and regions that could not be read or
+            captioned, and the key of a region as `region`.
     """
 
     number: int
@@ -130,21 +133,27 @@ def prepare_folder(job: AnnotationJob, overwrite: bool = False) -> Plan:
 
 def write_plan(job: AnnotationJob, folder: Path) -> None:
     """Write the plan and, when it is complete, `run.json`."""
+    images, parts = write_specs(folder, parts_of(job))
+    if not images:
+        (folder / "plan.jsonl").unlink()
+        raise ValueError(f"{job.source} holds no image")
+    run = {"format": FORMAT, "complete": False, "parts": parts, "images": images}
+    write_json(folder / "run.json", {**run, "fingerprint": job.fingerprint(), "job": job.identity()})
+
+
+def write_specs(folder: Path, specs: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """Write parts as `plan.jsonl`, at once; returns how many images and parts there are."""
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     part, images, parts = folder / "plan.jsonl.part", 0, 0
     with part.open("w", encoding="utf-8") as stream, tqdm(desc="plan", unit=" images", disable=None) as progress:
-        for spec in parts_of(job):
+        for spec in specs:
             stream.write(json.dumps(spec, ensure_ascii=False) + "\n")
             images, parts = images + spec["count"], parts + 1
             progress.update(spec["count"])
         stream.flush()
         os.fsync(stream.fileno())
-    if not images:
-        part.unlink()
-        raise ValueError(f"{job.source} holds no image")
     os.replace(part, folder / "plan.jsonl")
-    run = {"format": FORMAT, "complete": False, "parts": parts, "images": images}
-    write_json(folder / "run.json", {**run, "fingerprint": job.fingerprint(), "job": job.identity()})
+    return images, parts
 
 
 def refuse_other(run: Any, job: AnnotationJob) -> None:
@@ -163,7 +172,7 @@ def refuse_other(run: Any, job: AnnotationJob) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what a run has written."""
-    for name in OWN:
+    for name in WRITTEN + RESULTS:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -30,7 +30,8 @@ class PreparedImage:
     """An image on its way to the model.
 
     Attributes:
-        record: `{"id", "image", "width", "height"}`.
+        record: `{"id", "image", "width", "height", "place"}`, the last being its number within the part; of an image
+            of which some regions are read, `items`, the keys of all that the source names.
         found, keys: its regions and their keys.
         spans: seconds of a video that each speaks for.
         passes: what the processor made of them, a dict per pass.
@@ -59,9 +60,11 @@ class PreparedPart:
         return pickle.dumps(self, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def failure(identity: str, name: str, error: Any, kind: str = "image") -> dict[str, Any]:
-    """An entry of the failure list; `kind` is "image" or "region"."""
-    return {"id": identity, "image": name, "kind": kind, "error": str(error)}
+def failure(identity: str, name: str, error: Any, region: str | None = None) -> dict[str, Any]:
+    """An entry of the failure list: of an image, or of the region of that key in it."""
+    if region is None:
+        return {"id": identity, "image": name, "kind": "image", "error": str(error)}
+    return {"id": f"{identity}/{region}", "image": name, "kind": "region", "region": region, "error": str(error)}
 
 
 class PartReader:
@@ -80,27 +83,37 @@ class PartReader:
         self.segmenter = None if beside_model else load_segmenter(job.regions.segmenter or "none")
 
     def __call__(self, number: int) -> PreparedPart:
-        """Read, find and measure. What is wrong with an image or region is noted; the others go on."""
+        """Read, find and measure. What is wrong with an image or region is noted; the others go on.
+
+        `only` of a part names the places of the images that are read, each with the keys of its regions, None for all.
+        """
+        spec = self.plan.part(number)
+        only = spec.get("only")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a warning per image would bury the progress
-            images = [self.prepared(loaded) for loaded in load_part(self.plan.part(number), self.job)]
+            images = [
+                self.prepared(loaded, place, only and only[str(place)])
+                for place, loaded in enumerate(load_part(spec, self.job))
+                if only is None or str(place) in only
+            ]
         return PreparedPart(number, images)
 
-    def prepared(self, loaded: LoadedImage) -> PreparedImage:
-        """One image."""
-        prepared = PreparedImage({"id": loaded.id, "image": loaded.name, "width": None, "height": None})
+    def prepared(self, loaded: LoadedImage, place: int, wanted: list[str] | None = None) -> PreparedImage:
+        """One image, the number `place` of its part; `wanted` are keys of regions, None for all."""
+        record = {"id": loaded.id, "image": loaded.name, "width": None, "height": None, "place": place}
+        prepared = PreparedImage(record)
         try:
             if loaded.error is not None:
                 raise ValueError(loaded.error)
             picture, turned = read_image(loaded.image, "image", self.job.exif)
             prepared.record |= {"width": picture.width, "height": picture.height}
-            if turned != 1 and self.job.regions.where != "segmenter":
+            if turned != 1 and wanted is None and self.job.regions.where != "segmenter":
                 prepared.record["turned"] = turned  # nobody has said which picture the regions refer to
             if self.segmenter is None:
                 prepared.picture = picture
-                prepared.found = self.given(loaded, picture, prepared)  # boxes for the segmenter
+                prepared.found = self.given(loaded, picture, prepared, wanted)  # boxes for the segmenter
             else:
-                found = self.given(loaded, picture, prepared)
+                found = self.given(loaded, picture, prepared, wanted)
                 measure(
                     prepared, segmented(self.job, self.segmenter, picture, found), picture, self.job, self.processor
                 )
@@ -108,7 +121,9 @@ class PartReader:
             return PreparedImage(prepared.record, failures=[failure(loaded.id, loaded.name, error)])
         return prepared
 
-    def given(self, loaded: LoadedImage, picture: Image.Image, prepared: PreparedImage) -> list[FoundRegion]:
+    def given(
+        self, loaded: LoadedImage, picture: Image.Image, prepared: PreparedImage, wanted: list[str] | None
+    ) -> list[FoundRegion]:
         """The regions that the source names, each read by itself where they are a list; sets the image's keys."""
         job, size, found = self.job, (picture.height, picture.width), []
         if job.regions.where == "segmenter":
@@ -117,12 +132,17 @@ class PartReader:
         for file in loaded.files:
             part = read_regions(Path(file), Path(loaded.image), size, job.regions.form)
             value = part if value is None else [*value, *part]
-        for place, item in enumerate(one_by_one(value, job.regions.form)):
-            key = loaded.keys[place] if loaded.keys else str(place)
+        items = list(one_by_one(value, job.regions.form))
+        names = [loaded.keys[place] if loaded.keys else str(place) for place in range(len(items))]
+        if wanted is not None:
+            prepared.record["items"] = names
+        for place, (key, item) in enumerate(zip(names, items, strict=True)):
+            if wanted is not None and key not in wanted:
+                continue
             try:
                 regions = list(regions_of(size, **{job.regions.form: item}, resize_masks=job.resize_masks))
             except BAD_SAMPLE as error:
-                prepared.failures.append(failure(f"{loaded.id}/{key}", loaded.name, error, "region"))
+                prepared.failures.append(failure(loaded.id, loaded.name, error, key))
                 continue
             for number, region in enumerate(regions):
                 label = loaded.labels[place] if loaded.labels and place < len(loaded.labels) else None

@@ -11,8 +11,8 @@ Parts are merged one by one, so memory does not grow with the run. What is writt
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from perceptiondlm.serving.records import IMAGE_SCHEMA, REGION_SCHEMA
 ROWS_OF_A_FILE = 200_000
 ROWS_OF_A_GROUP = 10_000
 ROWS_AT_ONCE = 1_000
+FILES = ("data", "images", "failures.jsonl")  # that parts become
 
 
 @dataclass
@@ -105,24 +106,33 @@ def finish(plan: Plan) -> Totals:
         missing = len(plan) - len(plan.finished())
         if missing:
             raise ValueError(f"{missing} of {len(plan)} parts are not done")
-        run |= {"totals": merged(plan), "complete": True}
+        aside = folder / "parts" / ".results"
+        totals = write_results(aside, ((number, *read_part(folder, number)) for number in range(len(plan))))
+        take_place(folder, aside)
+        run |= {"totals": totals, "complete": True}
         write_json(folder / "run.json", run)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return Totals(**run["totals"])
 
 
-def merged(plan: Plan) -> dict[str, int]:
-    """Write results from parts; returns the fields of `Totals`."""
-    folder, seen = plan.folder, set()
-    asides = {name: folder / "parts" / f".{name}" for name in ("data", "images")}
-    for aside in asides.values():
-        shutil.rmtree(aside, ignore_errors=True)
-    regions, images = ParquetWriter(asides["data"], REGION_SCHEMA), ParquetWriter(asides["images"], IMAGE_SCHEMA)
-    totals = {"images": 0, "regions": 0, "failed_images": 0, "failed_regions": 0, "turned": 0}
-    failures = folder / "parts" / ".failures.jsonl"
-    with failures.open("w", encoding="utf-8") as stream:
-        for number in range(len(plan)):
-            table, said = read_part(folder, number)
+def write_results(aside: Path, parts: Iterable[tuple[int, pa.Table, dict[str, Any]]]) -> dict[str, int]:
+    """Write the results of parts into a folder, whatever it held before.
+
+    Args:
+        aside: the folder; gets `FILES`.
+        parts: number, records, and images and failures of each, as `read_part` gives them.
+
+    Returns:
+        the fields of `Totals`.
+    Raises:
+        ValueError: if an image's id occurs twice.
+    """
+    shutil.rmtree(aside, ignore_errors=True)
+    regions, images = ParquetWriter(aside / "data", REGION_SCHEMA), ParquetWriter(aside / "images", IMAGE_SCHEMA)
+    seen: set[str] = set()
+    totals = asdict(Totals(0, 0, 0, 0))
+    with (aside / "failures.jsonl").open("w", encoding="utf-8") as stream:
+        for number, table, said in parts:
             regions.add(table.replace_schema_metadata(None))
             images.add(pa.Table.from_pylist(said["images"], schema=IMAGE_SCHEMA))
             for identity in [entry["id"] for entry in said["images"]]:
@@ -131,17 +141,31 @@ def merged(plan: Plan) -> dict[str, int]:
                 seen.add(identity)
             for entry in said["failures"]:
                 totals[f"failed_{entry['kind']}s"] += 1
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                stream.write(json.dumps(entry | {"part": number}, ensure_ascii=False) + "\n")
             totals["images"] += len(said["images"])
             totals["regions"] += len(table)
             totals["turned"] += sum("turned" in entry for entry in said["images"])
     regions.close()
     images.close()
-    for name, aside in asides.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(aside, folder / name)
-    os.replace(failures, folder / "failures.jsonl")
     return totals
+
+
+def take_place(folder: Path, aside: Path) -> None:
+    """Move the `FILES` that `aside` holds to where results are; called again after a kill, it moves what is left."""
+    before = aside / "before"
+    before.mkdir(exist_ok=True)
+    for name in FILES:
+        if not (aside / name).exists():
+            continue
+        if (folder / name).exists():
+            os.replace(folder / name, before / name)
+        os.replace(aside / name, folder / name)
+
+
+def failures_of(folder: Path) -> list[dict[str, Any]]:
+    """The failure list of a finished run, in the source's order; see `PartResult`, and `part` is the number of one."""
+    with (folder / "failures.jsonl").open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def region_rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -64,6 +64,12 @@ def shard_parts(job: AnnotationJob) -> Iterator[dict[str, Any]]:
             yield {"kind": "shard", "file": file, "samples": samples[low:high], "count": high - low}
 
 
+def renewed_shard(spec: dict[str, Any]) -> dict[str, Any]:
+    """A part with the members of its samples where they lie today; a sample that is gone stays as it was."""
+    now = {sample["key"]: sample for sample in samples_of(spec["file"])}
+    return {**spec, "samples": [now.get(sample["key"], sample) for sample in spec["samples"]]}
+
+
 def read_shard(spec: dict[str, Any], job: AnnotationJob) -> Iterator[LoadedImage]:
     """The samples of a part."""
     file = spec["file"]

@@ -1,7 +1,7 @@
 """What a source is, the columns it has, and how it is cut into parts."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from perceptiondlm.serving.annotate.coco import items_of_coco
 from perceptiondlm.serving.annotate.files import items_of_files, loaded_item
 from perceptiondlm.serving.annotate.job import AnnotationJob
 from perceptiondlm.serving.annotate.loaded import LoadedImage
-from perceptiondlm.serving.annotate.shards import read_shard, shard_columns, shard_parts
+from perceptiondlm.serving.annotate.shards import read_shard, renewed_shard, shard_columns, shard_parts
 from perceptiondlm.serving.annotate.tables import (
     HUB,
     chosen_columns,
@@ -118,6 +118,23 @@ def parts_of(job: AnnotationJob) -> Iterator[dict[str, Any]]:
     items = ITEMS[kind](job)
     while part := list(islice(items, job.images_per_part)):
         yield {"kind": "files", "items": part, "count": len(part)}
+
+
+def renewed(specs: Sequence[dict[str, Any]], job: AnnotationJob) -> Iterator[dict[str, Any]]:
+    """Planned parts with what the source says of the same images today; images keep their places.
+
+    Regions of files and COCO entries are found anew by the images' ids, members of shards by the samples' keys; rows of
+    tables and frames of videos are read by their numbers in any case.
+    """
+    if any(spec["kind"] == "files" for spec in specs):
+        ids = {item["id"] for spec in specs for item in spec["items"]}
+        kind = kind_of(job.source)
+        if kind not in ITEMS:
+            raise ValueError(f"{job.source} was a collection of pictures and is now of the kind {kind!r}")
+        now = {item["id"]: item for item in ITEMS[kind](job) if item["id"] in ids}
+        yield from ({**spec, "items": [now.get(item["id"], item) for item in spec["items"]]} for spec in specs)
+        return
+    yield from (renewed_shard(spec) if spec["kind"] == "shard" else spec for spec in specs)
 
 
 def load_part(spec: dict[str, Any], job: AnnotationJob) -> Iterator[LoadedImage]:

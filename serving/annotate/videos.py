@@ -60,8 +60,9 @@ def video_parts(job: AnnotationJob) -> Iterator[dict[str, Any]]:
         objects, times = read_masklets(masklets), look_through(path)
         frames = []
         for frame, looks in groupby(plan_looks(times, objects, EVERY, GAP), key=lambda look: look.frame):
-            told = [[objects[look.masklet].name, round(look.start, 3), round(look.end, 3)] for look in looks]
-            frames.append({"frame": frame, "looks": told})
+            here = list(looks)
+            told = [[objects[look.masklet].name, round(look.start, 3), round(look.end, 3)] for look in here]
+            frames.append({"frame": frame, "shot": here[0].shot, "looks": told})
         for start in range(0, len(frames), job.images_per_part):
             part = frames[start : start + job.images_per_part]
             place = {"id": name, "file": str(path), "masklets": str(masklets)}

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
+from perceptiondlm.serving.spans import merge_spans as merged
 from perceptiondlm.serving.video.frames import look_through, pictures
 from perceptiondlm.serving.video.masklets import masklets_of
 from perceptiondlm.serving.video.plan import Look, plan_looks
@@ -18,7 +19,7 @@ from perceptiondlm.serving.video.plan import Look, plan_looks
 
 def caption_video(
     pipe: Pipeline, path: str | Path, masklets: Any, *, every: float = 2.0, gap: float = 0.5, drafts: bool = False,
-    progress: bool = False, **keywords: Any,
+    merge_spans: bool = True, progress: bool = False, **keywords: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Caption the objects of a video, each key frame encoded once.
 
@@ -30,13 +31,15 @@ def caption_video(
         gap: seconds that an object may be away before it appears anew.
         drafts: start from an object's caption in the key frame before, within a shot; see docs/prompts.md for what it
             saves. Captions then depend on earlier key frames, too.
+        merge_spans: make one span of an object's consecutive key frames in a shot whose captions are equal word for
+            word; False gives a span per key frame.
         progress: show a bar of key frames.
         keywords: settings of decoding, `text` and `max_regions_per_pass` of the pipeline, such as `preset="fast"`.
 
     Returns:
         one entry per object and span, ordered by `start`: `object` (its name), `start` and `end` (seconds), `caption`,
-        `score` and `box` (of the key frame), `frame` (number of the key frame) and `shot`. Neighbouring spans of one
-        appearance with the same caption are one entry, with the key frame that was surest.
+        `score` and `box` (of the key frame), `frame` (number of the key frame), `shot`, and `frames`, the numbers of
+        all key frames of the span, of which `frame` was surest.
 
     Raises:
         ValueError: for a video that cannot be read, masks of another size, and frames that the video does not have.
@@ -54,12 +57,14 @@ def caption_video(
                 raise ValueError(f"{place}: the video has {len(times.seconds)} frames, numbered from 0")
     looks = plan_looks(times, objects, every, gap)
     by_frame = {frame: list(group) for frame, group in groupby(looks, key=lambda look: look.frame)}
-    found: list[tuple[Look, dict[str, Any]]] = []
+    found: list[dict[str, Any]] = []
     captioner = _KeyFrames(pipe, drafts, keywords)
     for frame, picture in tqdm(pictures(path, by_frame), "key frames", len(by_frame), disable=not progress):
         masks = [objects[look.masklet].regions[frame].mask for look in by_frame[frame]]
-        found += zip(by_frame[frame], captioner.caption(picture, masks, by_frame[frame]), strict=True)
-    return [_entry(objects[number].name, spans) for number, spans in merged(found)]
+        captions = captioner.caption(picture, masks, by_frame[frame])
+        looked = zip(by_frame[frame], captions, strict=True)
+        found += [_entry(objects[look.masklet].name, look, told) for look, told in looked]
+    return merged(found) if merge_spans else sorted(found, key=lambda entry: entry["start"])
 
 
 class _KeyFrames:
@@ -88,20 +93,6 @@ class _KeyFrames:
         return self.pipe.postprocess(outputs, 1)[0]
 
 
-def merged(found: list[tuple[Look, dict[str, Any]]]) -> list[tuple[int, list[tuple[Look, dict[str, Any]]]]]:
-    """The looks of each object, neighbouring ones with one caption together; ordered by their start."""
-    spans: list[tuple[int, list[tuple[Look, dict[str, Any]]]]] = []
-    for look, told in sorted(found, key=lambda pair: (pair[0].masklet, pair[0].start)):
-        number, last = spans[-1] if spans else (-1, [])
-        goes_on = number == look.masklet and last[-1][0].end == look.start and last[-1][0].shot == look.shot
-        if goes_on and last[-1][1]["caption"] == told["caption"]:
-            last.append((look, told))
-        else:
-            spans.append((look.masklet, [(look, told)]))
-    return sorted(spans, key=lambda span: (span[1][0][0].start, span[0]))
-
-
-def _entry(name: str, spans: list[tuple[Look, dict[str, Any]]]) -> dict[str, Any]:
-    look, told = max(spans, key=lambda pair: pair[1]["score"])
-    times = {"start": round(spans[0][0].start, 3), "end": round(spans[-1][0].end, 3)}
-    return {"object": name, **times, **told, "frame": look.frame, "shot": look.shot}
+def _entry(name: str, look: Look, told: dict[str, Any]) -> dict[str, Any]:
+    times = {"start": round(look.start, 3), "end": round(look.end, 3)}
+    return {"object": name, **times, **told, "frame": look.frame, "shot": look.shot, "frames": [look.frame]}

@@ -1,18 +1,23 @@
 """What annotate can be asked beside captions of pictures: attributes of regions, videos, segmenters, other batches."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from collections_of_scenes import Collection, rles_of
+from PIL import Image
+from tiny_segmenters import saved_sam3
 
 from perceptiondlm.common.loading import DRAWN_MODEL
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.scripts.cli import main
+from perceptiondlm.serving.annotate import captioner
 from perceptiondlm.serving.annotate.captioner import Captioner, batches
 from perceptiondlm.serving.annotate.reading import PreparedImage
 from perceptiondlm.serving.records import read_records
+from perceptiondlm.serving.segmenters import load_segmenter
 
 
 QUICK = ["--model", str(DRAWN_MODEL), "--steps", "2", "--max-new-tokens", "8", "--images-per-part", "2"]
@@ -67,12 +72,66 @@ def test_a_video_is_captioned_by_its_masklets_with_times(tmp_path):
     masks = [item.mask[:height, :width] for item in scene.objects]
     cut = rles_of(type("Cut", (), {"objects": [type("Item", (), {"mask": mask}) for mask in masks]}))
     (tmp_path / "clip.json").write_text(json.dumps({f"o{n}": [rle] * 12 for n, rle in enumerate(cut)}))
-    assert main(["annotate", str(tmp_path / "clip.mp4"), "--out", str(tmp_path / "out"), *QUICK]) == 0
+    asked = ["annotate", str(tmp_path / "clip.mp4"), "--out", str(tmp_path / "out"), *QUICK]
+    assert main([*asked, "--export", "spans"]) == 0
     rows = read_records(tmp_path / "out")
     by_object = {name: [row for row in rows if row["id"].endswith(f"/{name}")] for name in ("o0", "o1")}
     for spans in by_object.values():
         assert [(row["start"], row["end"]) for row in spans] == [(0.0, 2.0), (2.0, 3.0)]
     assert {row["image_id"] for row in rows} == {"clip.mp4/frame000000", "clip.mp4/frame000008"}
+    (video,) = json.loads((tmp_path / "out" / "exports" / "spans.json").read_text())
+    assert video["video"] == str(tmp_path / "clip.mp4")
+    for name, looks in by_object.items():
+        same = looks[0]["caption"] == looks[1]["caption"]
+        spans = [(one["start"], one["end"], one["frames"]) for one in video["spans"] if one["object"] == name]
+        assert spans == ([(0.0, 3.0, [0, 8])] if same else [(0.0, 2.0, [0]), (2.0, 3.0, [8])])
+
+
+def test_spans_are_refused_for_pictures(collection, tmp_path, capsys):
+    assert main(["annotate", str(collection.coco()), "--out", str(tmp_path / "out"), *QUICK, "--export", "spans"]) == 2
+    assert "--export spans is for videos" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_glob_of_pictures_takes_regions_of_a_coco_file(collection, tmp_path):
+    """What the glob does not name is left out, and an image's id is its path below the first part with a mark."""
+    source = ["annotate", str(collection.pictures() / "set*" / "*[02].png"), "--masks", str(collection.coco())]
+    assert main([*source, "--out", str(tmp_path / "out"), *QUICK]) == 0
+    rows = read_records(tmp_path / "out")
+    wanted = [(collection.name(number), rle) for number in (0, 2) for rle in collection.rles[number]]
+    assert [(row["image_id"], row["segmentation"]) for row in rows] == wanted
+    assert {row["label"] for row in rows} <= {item.category for scene in collection.scenes for item in scene.objects}
+
+
+def test_a_folder_of_label_maps_gives_a_row_per_label(collection, tmp_path):
+    """Labels 3, 6, ... in pictures named like the photographs; the rows come in the order of the labels."""
+    maps = tmp_path / "maps"
+    for number, scene in enumerate(collection.scenes):
+        labels = sum(3 * (place + 1) * item.mask.astype(np.uint8) for place, item in enumerate(scene.objects))
+        path = maps / collection.name(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(labels).save(path)
+    source = ["annotate", str(collection.pictures()), "--label-maps", str(maps), "--out", str(tmp_path / "out")]
+    assert main([*source, *QUICK]) == 0
+    found = {}
+    for row in read_records(tmp_path / "out"):
+        found.setdefault(row["image_id"], []).append(row["segmentation"])
+    assert found == {collection.name(number): rles for number, rles in enumerate(collection.rles)}
+
+
+def test_a_text_gives_a_row_per_region_that_its_segmenter_names(collection, tokenizer, tmp_path, monkeypatch):
+    """With a tiny SAM 3 of random weights: the rows are the regions it finds, the label is the text."""
+    name = saved_sam3(tmp_path / "sam3", tokenizer)
+    monkeypatch.setattr(captioner, "load_segmenter", partial(load_segmenter, least_named=0.0))
+    source = str(collection.pictures() / "set0" / "*000.png")
+    asked = ["annotate", source, "--segmenter", name, "--text", "red car", "--out", str(tmp_path / "out"), *QUICK]
+    assert main(asked) == 0
+    rows = read_records(tmp_path / "out")
+    found = load_segmenter(name, least_named=0.0).named(collection.scenes[0].image, "red car")
+    assert found
+    assert [row["segmentation"] for row in rows] == [region.mask for region in found]
+    assert {row["label"] for row in rows} == {"red car"}
+    assert all(row["caption"] for row in rows)
 
 
 def test_batches_hold_regions_not_images():

@@ -2,17 +2,13 @@
 
 import argparse
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from annotation_runs import command, comparable, killed_after
 from collections_of_scenes import Collection
 from datasets import load_dataset
 from PIL import Image
@@ -196,32 +192,11 @@ def test_publishing_sends_results_and_card(clean, monkeypatch):
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "perceptiondlm.scripts.cli", "annotate", str(source), "--out", str(out), *FAST, *more]
-
-
-def killed_after(parts: int, arguments: list[str], out: Path) -> None:
-    """Start a run and kill it, all its processes, when so many parts are there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 200
-    while len(list(out.glob("parts/part-*"))) < parts and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-
-def comparable(folder: Path) -> list[dict]:
-    """Records with scores as far as two numbers of threads agree."""
-    return [{**row, "score": round(row["score"], 4), "tokens": None} for row in read_records(folder)]
-
-
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_region(clean, collection, tmp_path):
     out = tmp_path / "out"
     coco = collection.folder / "pictures" / "regions.json"
     for parts in (1, 3):
-        killed_after(parts, command(coco, out, "--tokens"), out)
+        killed_after(parts, command(coco, out, *FAST, "--tokens"), out)
         assert not (out / "data").exists()
     (out / "parts" / ".part-9-half").write_bytes(b"half")  # what a kill in the middle of writing leaves
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/part-*")}

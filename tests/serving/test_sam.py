@@ -1,11 +1,10 @@
 """Mask-generation models of transformers as segmenters, on tiny random weights saved to a folder."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_segmenters import saved, saved_sam3
 from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
@@ -26,22 +25,6 @@ LOOSE = {"points_per_side": 4, "prompts_per_pass": 5, "least_score": -1e9, "leas
 def picture(width: int = 90, height: int = 50) -> Image.Image:
     values = np.random.default_rng(3).integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def saved(model, folder, settings) -> str:
-    """A model with seeded weights, large enough that masks depend on prompts, and its picture settings, in a folder."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim < 2:
-                noise = 0.1 * noise + float("norm" in name and name.endswith("weight"))
-            elif "embed" not in name:
-                noise = noise / weight[0].numel() ** 0.5
-            weight.copy_(noise)
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,32 +167,7 @@ def test_what_no_segmenter_is_is_refused(sam, tmp_path):
 
 @pytest.fixture(scope="module")
 def sam3(tmp_path_factory, tokenizer):
-    from transformers.models.sam3.configuration_sam3 import Sam3Config
-    from transformers.models.sam3.modeling_sam3 import Sam3Model
-
-    side, part = 56, {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 1, "intermediate_size": 32}
-    backbone = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": side, "patch_size": 7, "window_size": 4, "global_attn_indexes": [1], "pretrain_image_size": 28,
-        "model_type": "sam3_vit_model",
-    }  # fmt: skip
-    vision = {
-        "backbone_config": backbone, "fpn_hidden_size": 32, "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-    }  # fmt: skip
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "projection_dim": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
-        "eos_token_id": tokenizer.eos_token_id or 0,
-    }  # fmt: skip
-    config = Sam3Config(
-        vision_config=vision, text_config=text, geometry_encoder_config=part, detr_encoder_config=part,
-        detr_decoder_config={**part, "num_queries": 6},
-        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("sam3")
-    tokenizer.save_pretrained(folder)
-    grey = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": side, "width": side}}
-    return saved(Sam3Model(config), folder, grey)
+    return saved_sam3(tmp_path_factory.mktemp("sam3"), tokenizer)
 
 
 def test_a_text_finds_all_that_the_detector_is_sure_of(sam3):

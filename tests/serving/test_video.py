@@ -14,6 +14,7 @@ from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.found import FoundRegion
+from perceptiondlm.serving.spans import merge_spans
 
 
 av = pytest.importorskip("av", reason="videos need PyAV")
@@ -81,6 +82,42 @@ def test_every_object_has_captions_of_its_key_frames_with_spans(pipe, clip):
     (frame,) = [picture for _, picture in pictures(path, {key["frame"]})]
     (alone,) = pipe(frame, masks=[masks[1]])
     assert (key["caption"], key["box"]) == (alone["caption"], alone["box"])
+
+
+def test_key_frames_that_say_the_same_are_one_span_unless_every_one_is_wanted(pipe, clip):
+    path, masklets, _ = clip
+    looks = caption_video(pipe, path, masklets, every=0.5, merge_spans=False)
+    assert [one["frame"] for one in looks if one["object"] == "first"] == [0, 5, 10]
+    assert [(one["start"], one["end"]) for one in looks if one["object"] == "first"] == [(0, 0.5), (0.5, 1), (1, 1.2)]
+    spans = caption_video(pipe, path, masklets, every=0.5)
+    assert spans == merge_spans(looks)
+    assert sum(len(one["frames"]) for one in spans) == len(looks)
+
+
+def look(name: str, start: float, end: float, caption: str, frame: int, score: float = 0.5, shot: int = 0) -> dict:
+    times = {"start": start, "end": end, "frame": frame, "frames": [frame], "shot": shot}
+    return {"object": name, "caption": caption, "score": score, "box": [frame, 0, 9, 9], **times}
+
+
+def test_spans_are_of_one_object_one_shot_one_caption_and_no_gap():
+    looks = [
+        look("car", 0, 2, "a red car", 0),
+        look("dog", 0, 2, "a red car", 0),
+        look("car", 2, 4, "a red car", 20, score=0.9),
+        look("dog", 2, 4, "a dog", 20),
+        look("car", 4, 6, "a red Car", 40),
+        look("car", 6, 7, "a red car", 60),
+        look("car", 9, 10, "a red car", 90),  # it was away
+        look("car", 10, 11, "a red car", 100, shot=1),
+    ]
+    spans = merge_spans(looks)
+    told = [(one["object"], one["start"], one["end"], one["frames"]) for one in spans]
+    assert told == [
+        ("car", 0, 4, [0, 20]), ("dog", 0, 2, [0]), ("dog", 2, 4, [20]), ("car", 4, 6, [40]), ("car", 6, 7, [60]),
+        ("car", 9, 10, [90]), ("car", 10, 11, [100]),
+    ]  # fmt: skip
+    assert (spans[0]["frame"], spans[0]["box"], spans[0]["score"]) == (20, [20, 0, 9, 9], 0.9)
+    assert merge_spans([]) == []
 
 
 def test_a_key_frame_is_encoded_once_for_all_its_objects(pipe, clip):
@@ -176,6 +213,9 @@ def test_the_command_captions_a_video_with_its_masklets(clip, tmp_path, capsys):
     assert f"{video['spans'][0]['caption']}\n" in capsys.readouterr().out
     assert main(command) == 2
     assert "--overwrite replaces it" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--no-merge-spans", "--every", "0.5"]) == 0
+    (video,) = json.loads(result.read_text())
+    assert [span["frame"] for span in video["spans"] if span["object"] == "first"] == [0, 5, 10]
     assert main([*command, "--overwrite", "--attributes", "color"]) == 2
     assert "got --attributes" in capsys.readouterr().err
     assert main(["caption", str(path), "--boxes", "1,1,9,9"]) == 2
