@@ -1,20 +1,27 @@
 """`--retry-failed`: what was mended joins the results at its place, nothing is done twice, a kill leaves no half."""
 
+import argparse
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from annotation_runs import command, comparable, killed_after
 from collections_of_scenes import Collection, png
 
 from perceptiondlm.common.loading import DRAWN_MODEL
+from perceptiondlm.scripts.annotate import add_arguments, job_of
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.annotate import results
 from perceptiondlm.serving.annotate.captioner import Captioner
+from perceptiondlm.serving.annotate.engines import CaptioningActor, Engine, read_row
 from perceptiondlm.serving.annotate.results import failures_of, image_rows
+from perceptiondlm.serving.annotate.run import annotate
 from perceptiondlm.serving.records import read_records
 
 
@@ -255,6 +262,32 @@ def test_a_mended_shard_is_read_where_its_samples_lie_now(tmp_path):
     assert main([*asked, "--out", str(tmp_path / "out"), AGAIN]) == 0
     assert comparable(tmp_path / "out") == comparable(tmp_path / "clean")
     assert failed(tmp_path / "out") == []
+
+
+class StepsOfRay(Engine):
+    """The functions that Ray is given, called as it calls them: parts go as bytes, in any order."""
+
+    def run(self, job, numbers, progress):
+        packed, threads = pickle.dumps(job), torch.get_num_threads()
+        actor = CaptioningActor(packed, cpus=0.5)
+        torch.set_num_threads(threads)
+        for number in reversed(numbers):
+            row = read_row({"part": np.int64(number)}, packed)
+            told = actor({name: np.array([value], dtype=object) for name, value in row.items()})
+            progress.add({name: int(value[0]) for name, value in told.items()})
+
+
+def test_ray_steps_try_again_what_the_plain_path_would(photos, out):
+    """Twice in one process, whose readers must not take the second try for the first."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    job = job_of(parser.parse_args(photos.asked(out)[1:]))
+    photos.cut_short(1)
+    for mended, left in ((2, 1), (1, 0)):
+        outcome = annotate(job, StepsOfRay(), retry_failed=True)
+        assert (outcome.retried.mended, outcome.totals.failed_images) == (mended, left)
+        photos.mend(1)
+    assert comparable(out) == comparable(photos.clean)
 
 
 def test_ray_tries_again_what_the_plain_path_would(photos, out):
