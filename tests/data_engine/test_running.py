@@ -225,7 +225,7 @@ def test_ray_data_gives_what_this_process_gives(tmp_path, cluster):
     Engine(tmp_path / "here", source, stages, batch_size=2).run()
     Engine(tmp_path / "there", source, stages, batch_size=2, executor=RayExecutor(2)).run()
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
-    with pytest.raises(ValueError, match="9 workers of 0.5 CPU need more than the cluster's 2"):
+    with pytest.raises(ValueError, match=r"9 workers of 0\.5 CPU need more than the cluster's 2"):
         Engine(tmp_path / "much", source, stages, executor=RayExecutor(9)).run()
 
 
