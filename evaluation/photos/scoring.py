@@ -137,8 +137,8 @@ def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
     """How far a caption's score is the chance that it is true (right or truly more general).
 
     Returns:
-        `bins`, see `reliability`; `expected_error` of them; `fit`, see `fit_scores`; `error_when_fitted`, that error where
-        every second picture is brought to the truth by a fit to the others (None for one picture). None where
+        `bins`, see `reliability`, and their `expected_error`; `fit`, see `fit_scores`; `error_when_fitted`: that error
+        where each half of the pictures is brought to the truth by a fit to the other (None for one picture). None where
         captions come without scores.
     """
     scored = [(one.score, one.verdict != "wrong") for one in results if one.score is not None]
