@@ -98,6 +98,11 @@ class PromptInputs:
         check_tokens(ids, config)
         whole.check_tiles(config)
         whole.shown_images = whole._shown_images(config)
+        if not config.image_in_prompt and any(whole.shown_images[row] for row in (whole.num_regions == 0).nonzero()):
+            raise ValueError(
+                "this model sees regions alone (image_in_prompt=False), no image as a whole: give masks or boxes with "
+                "the question, such as one of the whole picture"
+            )
         if whole.region_boxes is not None or whole.num_regions.any():
             whole._check_regions(config)
         return whole

@@ -415,11 +415,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
             images = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} texts need {len(texts)} lists of images, got {len(images)}")
-        if any(images) and not self.config.image_in_prompt:
-            raise ValueError(
-                "this model sees regions alone (image_in_prompt=False), no image as a whole: give masks or boxes with "
-                "the question, such as one of the whole picture"
-            )
         image_processor = self.image_processor.with_settings(**image_settings)
         rows = []
         for index, (prompt, group) in enumerate(zip(texts, images, strict=True)):

@@ -39,6 +39,8 @@ def table_lines(report: Mapping[str, Any]) -> list[str]:
         lines += [f"  {one['score']:.2f}: {one['true']:.2f} ({one['regions']} regions)" for one in calibration["bins"]]
         slope, intercept = calibration["fit"]
         lines.append(f"a processor's score_calibration to these regions: [{slope:.3f}, {intercept:.3f}]")
+        if (error := calibration["error_when_fitted"]) is not None:
+            lines.append(f"error where every second picture is calibrated on the others: {error:.3f}")
     return lines
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from perceptiondlm.answers_perceptiondlm import log_odds
+from perceptiondlm.answers_perceptiondlm import calibrated, log_odds
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS, TRUE_SHARE, colour_shares
 from perceptiondlm.evaluation.photos.names import VERDICTS, NameTable
@@ -113,7 +113,7 @@ def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
     coloured = [one.colours_right for one in results if one.colours_right is not None]
     return {
         "num_regions": len(results),
-        "num_pictures": len({one.region_id.rpartition("_")[0] for one in results}),
+        "num_pictures": len(set(map(_picture, results))),
         "shares": rows,
         "colours_right": 100 * sum(coloured) / len(coloured) if coloured else None,
         "captions_with_colours": 100 * len(coloured) / len(results),
@@ -137,20 +137,47 @@ def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
     """How far a caption's score is the chance that it is true (right or truly more general).
 
     Returns:
-        `bins` of equal width with `score` (mean), `true` (share) and `regions`; `expected_error`, the mean distance of
-        the two over regions (ECE); `fit`, see `fit_scores`; None where captions come without scores.
+        `bins`, see `reliability`, and their `expected_error`; `fit`, see `fit_scores`; `error_when_fitted`: that error
+        where each half of the pictures is brought to the truth by a fit to the other (None for one picture). None where
+        captions come without scores.
     """
     scored = [(one.score, one.verdict != "wrong") for one in results if one.score is not None]
     if not scored:
         return None
-    bins, error = [], 0.0
+    bins = reliability(scored)
+    pictures = {name: place for place, name in enumerate(dict.fromkeys(_picture(one) for one in results))}
+    halves: list[list[tuple[float, bool]]] = [[], []]
+    for one in results:
+        if one.score is not None:
+            halves[pictures[_picture(one)] % 2].append((one.score, one.verdict != "wrong"))
+    error = None
+    if all(halves):
+        lines = [fit_scores(half) for half in halves[::-1]]
+        fitted = [
+            (calibrated(score, line), true) for line, half in zip(lines, halves, strict=True) for score, true in half
+        ]
+        error = expected_error(reliability(fitted))
+    return {"bins": bins, "expected_error": expected_error(bins), "fit": fit_scores(scored), "error_when_fitted": error}
+
+
+def _picture(one: RegionResult) -> str:
+    return one.region_id.rpartition("_")[0]
+
+
+def reliability(scored: Sequence[tuple[float, bool]]) -> list[dict[str, Any]]:
+    """Scores and truth in bins of equal width: mean `score`, `true` share and number of `regions`."""
+    bins = []
     for number in range(RELIABILITY_BINS):
         inside = [pair for pair in scored if min(int(pair[0] * RELIABILITY_BINS), RELIABILITY_BINS - 1) == number]
         if inside:
             mean, true = (sum(values) / len(inside) for values in zip(*inside, strict=True))
             bins.append({"score": mean, "true": true, "regions": len(inside)})
-            error += abs(mean - true) * len(inside) / len(scored)
-    return {"bins": bins, "expected_error": error, "fit": fit_scores(scored)}
+    return bins
+
+
+def expected_error(bins: Sequence[Mapping[str, Any]]) -> float:
+    """Mean distance of score and truth over regions (ECE)."""
+    return sum(abs(one["score"] - one["true"]) * one["regions"] for one in bins) / sum(one["regions"] for one in bins)
 
 
 def fit_scores(scored: Sequence[tuple[float, bool]]) -> list[float]:

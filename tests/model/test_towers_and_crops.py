@@ -89,7 +89,7 @@ def test_where_regions_alone_show_the_image_tiles_cost_no_tokens(focal, tiny_pro
     assert lengths[1] == text + processor.prompt_length(scene.image.size, len(scene.objects))
     if not focal.config.image_in_prompt:
         with pytest.raises(ValueError, match="sees regions alone"):
-            processor(images=scene.image, text="What is this?")
+            focal.generate(**processor(images=scene.image, text="What is this?"))
 
 
 def test_large_regions_may_skip_their_crop(focal, tiny_processor, scene):
@@ -172,7 +172,8 @@ def test_training_reaches_every_part(focal, tiny_processor, scene, shows):
     if shows in ("crops", "no crops"):
         inputs = processor(images=scene.image, masks=masks_of(scene))
     else:
-        inputs = processor(images=scene.image if shows == "no regions" else None, text="How many?")
+        shown = shows == "no regions" and focal.config.image_in_prompt
+        inputs = processor(images=scene.image if shown else None, text="How many?")
     answers = max(int(inputs["num_regions"].sum()), 1)
     labels, calls = torch.full((answers, 4), 5), []
     hook = focal.vision_tower.register_forward_hook(lambda *_: calls.append(1))
