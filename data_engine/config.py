@@ -60,7 +60,7 @@ class EngineConfig:
         stages: in order, each with its `kind`, one of `STAGES`, and its settings.
         batch_size: images that a stage gets at once.
         executor: where stages run, one of `executors.EXECUTORS`.
-        workers: of the executor "ray".
+        workers: of the executor "ray"; gpus_per_worker: GPUs that each of them takes, below 1 several share one.
         min_regions: images with fewer kept regions are left out of the output.
         samples: regions of every fate on the report's page.
     """
@@ -71,6 +71,7 @@ class EngineConfig:
     batch_size: int = 16
     executor: str = "here"
     workers: int = 2
+    gpus_per_worker: float = 0.0
     min_regions: int = 1
     samples: int = 8
 
@@ -89,7 +90,7 @@ class EngineConfig:
     def engine(self, progress: bool = False) -> Engine:
         """The run, ready to go."""
         source, stages = self.parts
-        executor = make_executor(self.executor, self.workers)
+        executor = make_executor(self.executor, self.workers, self.gpus_per_worker)
         return Engine(Path(self.out), source, stages, self.batch_size, executor, progress)
 
 

@@ -25,6 +25,7 @@ from perceptiondlm.data_engine.stages.caption import Caption
 from perceptiondlm.data_engine.stages.category import CategoryCheck
 from perceptiondlm.data_engine.stages.text_filters import Length, Repetition
 from perceptiondlm.data_engine.store import Lines
+from perceptiondlm.evaluation.judges.errors import JudgeError
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_dataset
@@ -210,17 +211,36 @@ def test_training_reads_what_comes_out(tmp_path, tiny_model, tiny_processor, cap
     assert page.count("data:image/jpeg") >= 8
 
 
-def test_ray_actors_give_what_this_process_gives(tmp_path):
+@pytest.fixture
+def cluster():
     ray = pytest.importorskip("ray", reason="the executor ray needs Ray (extra ray)")
+    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_data_gives_what_this_process_gives(tmp_path, cluster):
     stages = [Caption(captioner="drawn")]
     source = DrawnSource(limit=6, folder=str(tmp_path / "images"), seed=7)
     Engine(tmp_path / "here", source, stages, batch_size=2).run()
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
-    try:
-        Engine(tmp_path / "there", source, stages, batch_size=2, executor=RayExecutor(1)).run()
-    finally:
-        ray.shutdown()
+    Engine(tmp_path / "there", source, stages, batch_size=2, executor=RayExecutor(2)).run()
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    with pytest.raises(ValueError, match="9 workers of 0.5 CPU need more than the cluster's 2"):
+        Engine(tmp_path / "much", source, stages, executor=RayExecutor(9)).run()
+
+
+def test_what_stops_a_run_stops_it_on_ray_as_well(tmp_path, cluster):
+    @dataclass
+    class Unpaid(Repetition):
+        kind: ClassVar[str] = "unpaid"
+
+        def run(self, records: Sequence[Record]) -> list[Changes]:
+            raise JudgeError("the key is refused")
+
+    source = DrawnSource(limit=2, folder=str(tmp_path / "images"), seed=7)
+    engine = Engine(tmp_path / "run", source, [Caption(captioner="drawn"), Unpaid()], executor=RayExecutor(1))
+    with pytest.raises(JudgeError, match="the key is refused"):
+        engine.run()
 
 
 def test_a_stage_may_not_touch_what_was_dropped(tmp_path):
