@@ -309,7 +309,7 @@ def test_a_visitor_who_stops_while_waiting_leaves_at_once(actions, session):
     assert going_on.wait(WAIT)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(lambda: last(actions.caption(session, SETTINGS)))
-        while engine.num_waiting < 1 and not running.done():
+        while session.drafts is None and not running.done():
             time.sleep(0.005)
         session.stop()
         assert running.result(WAIT)["note"] == "Stopped."
