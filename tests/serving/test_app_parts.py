@@ -10,6 +10,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_two_visitors_share_passes_and_get_what_each_gets_alone(actions, session
     def caption(one):
         return captions_of(last(actions.caption(one, SETTINGS)))
 
-    alone, passes_alone = passes_of(lambda: [caption(one) for one in visitors])
+    alone, passes_alone = zip(*(passes_of(partial(caption, one)) for one in visitors), strict=True)
 
     def hold(_draft):
         """Until both wait to join: they then do so before the same step."""
@@ -259,8 +260,8 @@ def test_two_visitors_share_passes_and_get_what_each_gets_alone(actions, session
         return found
 
     found, passes_together = passes_of(together)
-    assert found == alone
-    assert passes_together - 1 <= passes_alone // 2  # one was the held question's
+    assert found == list(alone)
+    assert passes_together == 1 + max(passes_alone)  # one is the held question's
 
 
 def test_a_picture_is_encoded_when_it_is_opened_and_never_again(actions, scene, tmp_path, model):
