@@ -246,8 +246,11 @@ def test_two_visitors_share_passes_and_get_what_each_gets_alone(actions, session
 
     alone, passes_alone = zip(*(passes_of(partial(caption, one)) for one in visitors), strict=True)
 
+    busy = threading.Event()
+
     def hold(_draft):
         """Until both wait to join: they then do so before the same step."""
+        busy.set()
         end = time.monotonic() + WAIT
         while len(engine._ready) < 2 and time.monotonic() < end:
             time.sleep(0.005)
@@ -255,6 +258,7 @@ def test_two_visitors_share_passes_and_get_what_each_gets_alone(actions, session
     def together():
         with ThreadPoolExecutor(2) as threads:
             held = engine.submit(session.image, question="Why?", steps=1, on_draft=hold)
+            assert busy.wait(WAIT)
             found = list(threads.map(caption, visitors))
             held.result(WAIT)
         return found
