@@ -245,9 +245,9 @@ class RegionCaptioningPipeline(Pipeline):
     def encode_image(self, image: Any) -> Any:
         """Encode an image once; the result stands for it in later calls, with any regions, questions and settings."""
         picture = load_image(image)
-        inputs = self.processor(images=picture, text=self.processor.region_question)
+        tiles = self.processor.image_processor.preprocess(picture, return_tensors="pt")
         kept = picture if self.processor.own_pixels.wanted else None
-        return self.model.encode_image(**inputs.to(self.device), picture=kept)
+        return self.model.encode_image(**tiles.to(self.device), picture=kept)
 
     def _forward(self, model_inputs, **generate_kwargs: Any) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -32,6 +32,7 @@ class Answers:
         lengths: tokens of each text.
         ended: whether each text came to an end of its own before its slots were full.
         boxes: of the regions, x0, y0, x1, y1, half-open, in pixels; empty for a question.
+        ids, confidences: of every slot of each text: its token, and that one's probability when it was committed.
         size: (height, width) of the image in pixels; None without one image.
         prompt_tokens: of the request, image and regions included.
         num_forward_passes: denoising passes that it took part in.
@@ -44,6 +45,8 @@ class Answers:
     lengths: list[int]
     ended: list[bool]
     boxes: list[tuple[int, ...]]
+    ids: list[list[int]] = field(default_factory=list)
+    confidences: list[list[float]] = field(default_factory=list)
     size: tuple[int, int] | None = None
     prompt_tokens: int = 0
     num_forward_passes: int = 0

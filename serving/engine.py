@@ -115,8 +115,17 @@ class Engine:
             raise ValueError(f"give regions in one form, got {[*given, *(['regions'] if regions is not None else [])]}")
         wanted = {**self.settings, **settings}
         self._check(wanted)
-        ask = Ask(image, given or regions, question, messages, wanted, max_tiles, exif)
-        job = Job(Handle(), wanted, on_draft, time.monotonic(), ask)
+        return self._submit(Ask(image, given or regions, question, messages, wanted, max_tiles, exif), on_draft)
+
+    def encode(self, image: Any, max_tiles: int | None = None, exif: str | None = None) -> Handle:
+        """Encode an image ahead of what will be asked about it; the handle's answers are none.
+
+        Does nothing with a model that encodes images together with their regions. Arguments and errors as of `submit`.
+        """
+        return self._submit(Ask(image, max_tiles=max_tiles, exif=exif, encode_only=True))
+
+    def _submit(self, ask: Ask, on_draft: DraftCallback | None = None) -> Handle:
+        job = Job(Handle(), ask.settings, on_draft, time.monotonic(), ask)
         job.handle.on_settled = partial(self._settled, job)
         with self._changed:
             if self._closing:
@@ -262,6 +271,8 @@ class Engine:
         job.started, job.was_known = time.monotonic(), prepared.known is not None
         try:
             if prepared.is_empty:
+                self.preparer.encoded(prepared)
+                self.preparer.remember(prepared)
                 job.handle.settle(Answers([], [], [], [], []))
                 return
             inputs = self.preparer.inputs(prepared)
@@ -318,6 +329,8 @@ class Engine:
             lengths=lengths,
             ended=[length < len(row) for length, row in zip(lengths, rows, strict=True)],
             boxes=[tuple(box) for box in boxes],
+            ids=rows,
+            confidences=output.confidences.tolist(),
             size=tuple(sizes[0]) if len(sizes) == 1 else None,
             prompt_tokens=int(inputs.attention_mask.sum()),
             num_forward_passes=output.num_forward_passes,

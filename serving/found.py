@@ -41,6 +41,12 @@ class FoundRegion:
         region = CroppedRegion.of_mask(mask_HW)
         return None if region is None else cls.of_region(region, score, label)
 
+    @classmethod
+    def whole(cls, width: int, height: int) -> FoundRegion:
+        """The region that is all of a picture of so many pixels."""
+        packed = coco_mask.frPyObjects({"size": [height, width], "counts": [0, height * width]}, height, width)
+        return cls({"size": [height, width], "counts": packed["counts"].decode("ascii")}, (0, 0, width, height))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the image, in pixels."""

@@ -33,6 +33,7 @@ class Ask:
         messages: a conversation, its image parts holding pictures, instead of image and question.
         settings: keywords of `generate`.
         max_tiles, exif: settings of the image processor.
+        encode_only: nothing is asked yet: encode the image and keep it.
     """
 
     image: Any = None
@@ -42,13 +43,14 @@ class Ask:
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_tiles: int | None = None
     exif: str | None = None
+    encode_only: bool = False
 
     def __post_init__(self) -> None:
         if self.question is not None and not isinstance(self.question, str):
             raise TypeError(f"question must be a string, got {type(self.question).__name__}")
         if self.messages is not None and not (self.image is self.regions is self.question is None):
             raise ValueError("messages hold their own images and questions: leave out image, regions and question")
-        if self.messages is None and self.regions is None and self.question is None:
+        if self.messages is None and self.regions is None and self.question is None and not self.encode_only:
             raise ValueError("nothing is asked; accepted: regions, a question, or messages")
         if self.regions is not None and self.image is None:
             raise ValueError("regions were given without an image")
@@ -77,7 +79,7 @@ class Prepared:
     Args:
         ask: what it was.
         passes: of the processor's `region_passes`; empty for questions.
-        messages: the conversation, for questions.
+        messages: the conversation, for questions; None for regions, and where nothing is asked.
         picture: its one image in RGB, or an encoded one, which later calls may share; None for none and for several.
         key: of the picture's content, None where it is not to be kept.
         known: the encoded image, where it was kept already.
@@ -95,11 +97,11 @@ class Prepared:
     @property
     def num_answers(self) -> int:
         """Most answers that run at a time."""
-        return max((len(one["boxes"]) for one in self.passes), default=1)
+        return max((len(one["boxes"]) for one in self.passes), default=0 if self.is_empty else 1)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to caption."""
+        """Whether there is nothing to answer."""
         return self.messages is None and not self.passes
 
 
@@ -123,6 +125,8 @@ class Preparer:
         Raises:
             TypeError, ValueError, OSError: naming what was wrong and what is accepted.
         """
+        if ask.encode_only:
+            return self._with_tiles(self._with_image(Prepared(ask), ask.image))
         if ask.regions is None:
             return self._read_question(ask)
         prepared = self._with_image(Prepared(ask), ask.image)
@@ -148,10 +152,14 @@ class Preparer:
         prepared = Prepared(ask, messages=messages)
         images = [part["image"] for part in image_parts(messages)]
         if len(images) == 1 and self.encodes_alone:
-            prepared = self._with_image(prepared, images[0])
-            if prepared.known is None:
-                made = self.processor.image_processor.preprocess(prepared.picture, max_tiles=ask.max_tiles)
-                prepared.tiles = {name: made[name] for name in IMAGE_TENSORS}
+            prepared = self._with_tiles(self._with_image(prepared, images[0]))
+        return prepared
+
+    def _with_tiles(self, prepared: Prepared) -> Prepared:
+        """Cut a picture that has to be encoded into tiles."""
+        if self.encodes_alone and prepared.known is None:
+            made = self.processor.image_processor.preprocess(prepared.picture, max_tiles=prepared.ask.max_tiles)
+            prepared.tiles = {name: made[name] for name in IMAGE_TENSORS}
         return prepared
 
     def _with_image(self, prepared: Prepared, image: Any) -> Prepared:
@@ -167,7 +175,7 @@ class Preparer:
 
     def inputs(self, prepared: Prepared) -> dict[str, Any]:
         """Keywords of `generate`; runs on the model's thread, and encodes the image where it is not kept."""
-        image = self._encoded(prepared)
+        image = self.encoded(prepared)
         if prepared.messages is None:
             passes = prepared.passes if image is None else [{**one, "tiles": None} for one in prepared.passes]
             question = prepared.ask.question or self.processor.region_question
@@ -183,8 +191,11 @@ class Preparer:
         inputs = dict(inputs.to(self.model.device))
         return inputs if image is None else {**inputs, "encoded_image": image}
 
-    def _encoded(self, prepared: Prepared) -> Any | None:
-        """The ask's image as the model encoded it, now or before; None where the model takes tiles."""
+    def encoded(self, prepared: Prepared) -> Any | None:
+        """The ask's image as the model encoded it, now or before; None where the model takes tiles.
+
+        Runs on the model's thread.
+        """
         if prepared.known is not None or prepared.tiles is None:
             return prepared.known
         assert prepared.key is not None  # what is encoded here has a picture

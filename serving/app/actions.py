@@ -1,6 +1,7 @@
 """What a visitor can do, without a word of how it looks: every action takes a session and yields views for the page.
 
-Mistakes of the visitor become a message on the page (`error`), what was there stays. Other errors are not caught.
+Mistakes of the visitor become a message on the page (`error`), what was there stays; so do refusals of an engine that
+is full. Other errors are not caught.
 """
 
 import re
@@ -14,7 +15,8 @@ from PIL import Image
 
 from perceptiondlm.common.json_files import read_json
 from perceptiondlm.images_perceptiondlm import load_image
-from perceptiondlm.serving.app.captioner import Captioner, Drafts
+from perceptiondlm.serving.answers import EngineBusy
+from perceptiondlm.serving.app.captioner import Captioner
 from perceptiondlm.serving.app.exports import export_coco, export_png
 from perceptiondlm.serving.app.marks import region_of_mark
 from perceptiondlm.serving.app.session import Session
@@ -26,7 +28,7 @@ from perceptiondlm.serving.segmenters import Segmenter
 MOST_PIXELS = 64_000_000  # of a picture
 SHOWN_SIDE = 1600  # pixels of the longest side of the picture that the browser gets
 LONGEST_QUESTION = 400  # characters
-VISITORS_MISTAKES = (ValueError, TypeError, OSError, Image.DecompressionBombError)
+SAID = (ValueError, TypeError, OSError, Image.DecompressionBombError, EngineBusy)  # to the visitor
 
 View = dict[str, Any]
 Views = Iterator[View]
@@ -43,13 +45,13 @@ class Example:
 
 
 def reported(action: Callable[..., Views]) -> Callable[..., Views]:
-    """An action whose mistakes of the visitor end as a view with the message."""
+    """An action of which mistakes of the visitor, and too many visitors at once, end as a view with the message."""
 
     @wraps(action)
     def run(self, session: Session, *arguments: Any) -> Views:
         try:
             yield from action(self, session, *arguments)
-        except VISITORS_MISTAKES as error:
+        except SAID as error:
             yield session_view(session, error=str(error))
 
     return run
@@ -81,11 +83,13 @@ class Actions:
                     f"the picture has {pixels / 1e6:.0f} megapixels, accepted are up to {MOST_PIXELS / 1e6:.0f}"
                 )
             image = load_image(opened, exif="applied")
+        encoding = captioner.encode(image)
         shown = session.folder / f"shown-{len(list(session.folder.glob('shown-*')))}.webp"
         small = image.copy()
         small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         small.save(shown, quality=90)
-        session.open(image, safe_name(name), shown, captioner, captioner.encode(image))
+        encoding.result()
+        session.open(image, safe_name(name), shown, captioner)
 
     @reported
     def example(self, session: Session, name: Any) -> Views:
@@ -142,11 +146,10 @@ class Actions:
         regions = list(session.regions)
         if not regions:
             raise ValueError("mark a region first: drag a box, click an object, paint, or find everything")
-        before, run = [region.caption for region in regions], session.stop()
-        masks = [region.found.mask for region in regions]
-        drafts = captioner.captions(session.encoded, masks, settings)
+        before = [region.caption for region in regions]
+        drafts = session.begin(captioner.captions(opened(session), [region.found for region in regions], settings))
         try:
-            for answers in going_on(session, run, drafts):
+            for answers in drafts:
                 for region, answer in zip(regions, answers, strict=True):
                     region.caption = answer
                 yield session_view(session, busy="captioning", note=f"Denoising: pass {answers[0].passes}")
@@ -155,7 +158,7 @@ class Actions:
             if any(region.caption is None or region.caption.text is None for region in regions):  # stopped, or failed
                 for region, caption in zip(regions, before, strict=True):
                     region.caption = caption
-        if session.run != run:
+        if drafts.stopped:
             yield session_view(session, note="Stopped.")
             return
         session.settings = settings
@@ -170,20 +173,20 @@ class Actions:
         if not question or len(question) > LONGEST_QUESTION:
             raise ValueError(f"a question has 1 to {LONGEST_QUESTION} characters, got {len(question)}")
         region = None if number is None else session.region(number)
-        exchange, run = session.ask(question, number), session.stop()
         if region is None:
-            drafts = captioner.answer(session.encoded, question, settings)
+            drafts = session.begin(captioner.answer(opened(session), question, settings))
         else:
-            drafts = captioner.captions(session.encoded, [region.found.mask], settings, question)
+            drafts = session.begin(captioner.captions(opened(session), [region.found], settings, question))
+        exchange = session.ask(question, number)
         try:
-            for (answer,) in going_on(session, run, drafts):
+            for (answer,) in drafts:
                 exchange.answer = answer
                 yield session_view(session, busy="asking", note=f"Denoising: pass {answer.passes}")
         finally:
             drafts.close()
             if exchange.answer.text is None and exchange in session.exchanges:  # stopped, or failed
                 session.exchanges.remove(exchange)
-        note = f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}." if session.run == run else "Stopped."
+        note = "Stopped." if drafts.stopped else f"Answered in {counted(exchange.answer.passes, 'pass', 'passes')}."
         yield session_view(session, note=note)
 
     @reported
@@ -197,14 +200,6 @@ class Actions:
             **session_view(session, note=f"{path.name} is ready."),
             "download": {"path": str(path), "name": path.name},
         }
-
-
-def going_on(session: Session, run: int, drafts: Drafts) -> Drafts:
-    """Drafts until the session stops their run; what is finished is never dropped."""
-    for answers in drafts:
-        yield answers
-        if session.run != run:
-            return
 
 
 def opened(session: Session) -> Image.Image:

@@ -1,8 +1,8 @@
-"""The model behind the app: an image encoded once, then captions and answers that come as drafts, pass by pass."""
+"""The model behind the app: captions and answers of the shared engine, which come as drafts, pass by pass."""
 
 import queue
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from PIL import Image
 from transformers import Pipeline
 
 from perceptiondlm.common.loading import CODE, REPOSITORY
+from perceptiondlm.serving.answers import Answers, Draft, Handle
 from perceptiondlm.serving.app.words import Decisions, Word, draft_pieces, words_of
+from perceptiondlm.serving.engine import Engine
+from perceptiondlm.serving.found import FoundRegion
 
 
-class StoppedByUserError(Exception):
-    """Raised inside a running `generate` to end it."""
+MOST_REGIONS = 200  # of a picture; they are captioned at once
 
 
 @dataclass
@@ -38,28 +40,62 @@ class Answer:
     passes: int = 0
 
 
-Drafts = Generator[list[Answer], None, None]
+class Drafts:
+    """A request of a visitor: drafts as they come, at last the finished answers, one per region in the order given.
 
+    Args:
+        engine: that answers it.
+        settings: keywords of `generate`.
+        ask: what `Engine.submit` takes.
+    Raises:
+        TypeError, ValueError, EngineBusy, EngineClosed: of `Engine.submit`.
+    """
 
-class DraftQueue:
-    """A streamer for `generate`: hands drafts to another thread, and ends the run when that one has left."""
+    def __init__(self, engine: Engine, settings: dict[str, Any], **ask: Any):
+        self._tokenizer, self._decisions = engine.processor.tokenizer, Decisions()
+        self._news: queue.SimpleQueue[Draft | Future[Answers]] = queue.SimpleQueue()
+        self._handle = engine.submit(on_draft=self._news.put, **ask, **settings)
+        self._handle.future.add_done_callback(self._news.put)
 
-    def __init__(self) -> None:
-        self.items: queue.SimpleQueue = queue.SimpleQueue()
-        self.stopped = threading.Event()
+    def __iter__(self) -> Iterator[list[Answer]]:
+        while isinstance(draft := self._news.get(), Draft):
+            self._decisions.add(draft.ids.tolist())
+            if self._news.empty():  # a screen that lags shows the newest draft
+                yield self._drafted(draft)
+        if not self.stopped:
+            yield self._finished(self._handle.result())
 
-    def put_draft(self, ids) -> None:
-        """Take the ids (A, G) after a pass."""
-        if self.stopped.is_set():
-            raise StoppedByUserError
-        self.items.put(ids.tolist())
+    def close(self) -> None:
+        """Give it up, which ends the iteration; does nothing once it is answered. Any thread may call it."""
+        self._handle.cancel()
 
-    def end(self) -> None:
-        """Nothing to do: the result follows the drafts."""
+    @property
+    def stopped(self) -> bool:
+        """Whether it was given up before it was answered."""
+        return self._handle.future.cancelled()
+
+    def _drafted(self, draft: Draft) -> list[Answer]:
+        return [
+            Answer(pieces=draft_pieces(row, self._tokenizer, draft.mask_token_id), passes=self._decisions.passes)
+            for row in self._decisions.ids
+        ]
+
+    def _finished(self, answers: Answers) -> list[Answer]:
+        rows = zip(answers.texts, answers.scores, answers.ids, answers.confidences, answers.lengths, strict=True)
+        return [
+            Answer(
+                words=words_of(ids, confidences, last, self._tokenizer),
+                text=text,
+                score=score,
+                tokens=confidences[: length + 1],
+                passes=self._decisions.passes,
+            )
+            for (text, score, ids, confidences, length), last in zip(rows, self._decisions.last, strict=True)
+        ]
 
 
 class Captioner:
-    """Runs a region-captioning pipeline for the app, one request at a time.
+    """Answers the app's visitors on an engine of its own, where their requests share passes.
 
     Args:
         pipe: `pipeline("region-captioning")`.
@@ -68,12 +104,8 @@ class Captioner:
     """
 
     def __init__(self, pipe: Pipeline, name: str, title: str | None = None):
-        self.pipe, self.name, self.title = pipe, name, title or name
-        self.lock = threading.Lock()
-        self.tokenizer = pipe.processor.tokenizer
-        config = pipe.model.config
-        self.mask_id = config.mask_token_id
-        self.keeps_images = config.region_conditioning != "vision"  # there, features depend on the regions
+        self.name, self.title = name, title or name
+        self.engine = Engine(pipe.model, pipe.processor, max_answers=MOST_REGIONS)
 
     @property
     def place(self) -> tuple[str, str | None]:
@@ -83,80 +115,30 @@ class Captioner:
             return str(REPOSITORY), folder.relative_to(REPOSITORY).as_posix()
         return self.name, None
 
-    def encode(self, image: Image.Image) -> Any:
-        """What stands for an image in later calls: its features, or itself where they depend on the regions."""
-        if not self.keeps_images:
-            return image
-        with self.lock:
-            return self.pipe.encode_image(image)
+    def close(self) -> None:
+        """End what is under way, and the engine."""
+        self.engine.close(drain=False)
+
+    def encode(self, image: Image.Image) -> Handle:
+        """Begin to encode a picture, so that its first caption need not wait for that."""
+        return self.engine.encode(image)
 
     def captions(
-        self, image: Any, masks: Sequence[dict], settings: dict[str, Any], question: str | None = None
+        self, image: Image.Image, regions: Sequence[FoundRegion], settings: dict[str, Any], question: str | None = None
     ) -> Drafts:
-        """Drafts and at last the captions of regions, or their answers to a question.
+        """Ask for captions of regions, or for their answers to a question.
 
         Args:
-            image: of `encode`.
-            masks: COCO RLE of each region.
+            image: RGB.
             settings: keywords of `generate`.
-        Yields:
-            after passes, a draft per region in the order given; at last the finished answers.
         """
-        inputs = self.pipe.processor(images=image, masks=list(masks), text=question, return_tensors="pt")
-        return self._run(image, inputs, settings)
+        return Drafts(self.engine, settings, image=image, regions=regions, question=question)
 
-    def answer(self, image: Any, question: str, settings: dict[str, Any]) -> Drafts:
-        """Drafts and at last the answer to a question about the whole image, each a list of one."""
-        return self._run(image, self.pipe.processor(images=[image], text=question, return_tensors="pt"), settings)
+    def answer(self, image: Image.Image, question: str, settings: dict[str, Any]) -> Drafts:
+        """Ask about the whole image.
 
-    def _run(self, image: Any, inputs: Any, settings: dict[str, Any]) -> Drafts:
-        drafts, decisions = DraftQueue(), Decisions()
-        encoded = image if self.keeps_images else None
-
-        def work() -> None:
-            try:
-                with self.lock:
-                    output = self.pipe.model.generate(
-                        **inputs.to(self.pipe.device), encoded_image=encoded, streamer=drafts, **settings
-                    )
-                drafts.items.put(output)
-            except StoppedByUserError:
-                drafts.items.put(None)
-            except BaseException as error:  # noqa: BLE001 - raised again where the result is waited for
-                drafts.items.put(error)
-
-        thread = threading.Thread(target=work, name="perceptiondlm-app-generate", daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = drafts.items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    return
-                if hasattr(item, "sequences"):
-                    yield self._finished(item, decisions)
-                    return
-                decisions.add(item)
-                if drafts.items.empty():  # a screen that lags shows the newest draft
-                    yield [
-                        Answer(pieces=draft_pieces(ids, self.tokenizer, self.mask_id), passes=decisions.passes)
-                        for ids in item
-                    ]
-        finally:
-            drafts.stopped.set()
-            thread.join()
-
-    def _finished(self, output: Any, decisions: Decisions) -> list[Answer]:
-        answers = self.pipe.processor.decode_answers(output)
-        ids, confidences = output.sequences.tolist(), output.confidences.tolist()
-        return [
-            Answer(
-                words=words_of(row, probabilities, last, self.tokenizer),
-                text=answer["text"],
-                score=answer["score"],
-                tokens=probabilities[: len(draft_pieces(row, self.tokenizer, self.mask_id)) + 1],
-                passes=decisions.passes,
-            )
-            for answer, row, probabilities, last in zip(answers, ids, confidences, decisions.last, strict=True)
-        ]
+        A model that sees regions alone is asked about the region of all pixels.
+        """
+        if not self.engine.model.config.image_in_prompt:
+            return self.captions(image, [FoundRegion.whole(*image.size)], settings, question)
+        return Drafts(self.engine, settings, image=image, question=question)

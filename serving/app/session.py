@@ -11,12 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from perceptiondlm.serving.app.captioner import Answer, Captioner
+from perceptiondlm.serving.app.captioner import MOST_REGIONS, Answer, Captioner, Drafts
 from perceptiondlm.serving.app.outlines import traced
 from perceptiondlm.serving.found import FoundRegion
 
 
-MOST_REGIONS = 200
 MOST_SESSIONS = 64
 MOST_PIXELS_HELD = 500_000_000  # of all visitors' pictures together, 3 bytes each
 MOST_ANSWERS = 50
@@ -50,9 +49,9 @@ class Session:
     Args:
         image: RGB, turned as its EXIF orientation says; None before one was opened.
         image_name: the file's name; shown: path of the picture that the browser shows.
-        captioner: the model of the picture; encoded: of its `encode`.
+        captioner: the model of the picture.
         settings: keywords of `generate` that made the captions.
-        run: number of the run of the model that may go on; `stop` ends it.
+        drafts: of the request that goes on; `stop` ends it.
         folder: of its own, where files for the browser lie.
     """
 
@@ -61,22 +60,26 @@ class Session:
     image_name: str = ""
     shown: Path | None = None
     captioner: Captioner | None = None
-    encoded: Any = None
     regions: list[MarkedRegion] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     last_number: int = 0
-    run: int = 0
+    drafts: Drafts | None = None
 
-    def stop(self) -> int:
-        """End the run of the model that goes on, if one does, and return the number of the next."""
-        self.run += 1
-        return self.run
+    def stop(self) -> None:
+        """Give up the request that goes on, if one does."""
+        if self.drafts is not None:
+            self.drafts.close()
 
-    def open(self, image: Image.Image, name: str, shown: Path, captioner: Captioner, encoded: Any) -> None:
+    def begin(self, drafts: Drafts) -> Drafts:
+        """Let a request take the place of the one before."""
+        self.stop()
+        self.drafts = drafts
+        return drafts
+
+    def open(self, image: Image.Image, name: str, shown: Path, captioner: Captioner) -> None:
         """Start anew with a picture."""
-        self.image, self.image_name, self.shown = image, name, shown
-        self.captioner, self.encoded = captioner, encoded
+        self.image, self.image_name, self.shown, self.captioner = image, name, shown, captioner
         self.clear()
 
     def add(self, found: Iterable[FoundRegion], source: str) -> int:

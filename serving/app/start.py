@@ -1,5 +1,6 @@
 """From options to a running page."""
 
+import atexit
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -44,12 +45,17 @@ def build(
     from perceptiondlm.serving.app.captioner import Captioner
     from perceptiondlm.serving.app.ui import build_app
 
+    def started(folder: Path, name: str, title: str) -> Captioner:
+        captioner = Captioner(load(folder), name, title)
+        atexit.register(captioner.close)
+        return captioner
+
     @cache
     def drawn() -> Captioner:
-        return Captioner(load(DRAWN_MODEL), str(DRAWN_MODEL), DRAWN)
+        return started(DRAWN_MODEL, str(DRAWN_MODEL), DRAWN)
 
     finder = load_segmenter(segmenter, device)
-    captioner = Captioner(load(REPOSITORY), model or str(REPOSITORY), f"`{model}`" if model else EMBEDDED)
+    captioner = started(REPOSITORY, model or str(REPOSITORY), f"`{model}`" if model else EMBEDDED)
     examples = {
         "photo": Example("A photo", EXAMPLES / "photo.jpg", EXAMPLES / "photo_masks.json"),
         "scene": Example(

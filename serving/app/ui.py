@@ -26,6 +26,7 @@ from perceptiondlm.serving.app.view import session_view
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("texts.js", "cards.js", "stage.js", "workbench.js")
 MOST_UPLOAD = "100mb"
+MOST_AT_ONCE = 16  # captionings and questions of all visitors, which share passes; further ones wait in line
 UPLOADS_STAY = (600, 3600)  # seconds between looks, and seconds that an uploaded file stays
 CAREFUL = "every step"  # the preset that is none
 HEADLINE = "## PerceptionDLM\nEvery region of a picture captioned at once, by {model}."
@@ -51,7 +52,7 @@ def build_app(actions: Actions, base: dict[str, Any]) -> gr.Blocks:
             elem_id="workbench",
         )
         with gr.Accordion("Settings", open=False), gr.Row():
-            controls = _controls(actions.captioner.pipe.model.generation_config, base)
+            controls = _controls(actions.captioner.engine.model.generation_config, base)
         with gr.Accordion("Python", open=False):
             code = gr.Code(language="python", label="What made the last captions", interactive=False)
         _wire(bench, code, controls, base, actions, sessions)
@@ -157,9 +158,10 @@ def _wire(
                 yield view, gr.skip()
             yield view, python_code(session) if session.captioned else ""
 
-        getattr(bench, event)(handle, controls, [bench, code], **quiet)
+        getattr(bench, event)(handle, controls, [bench, code], **quiet, **shared)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    shared = {"concurrency_limit": MOST_AT_ONCE, "concurrency_id": "passes"}
     on_generate("bench_caption", lambda session, _, settings: actions.caption(session, settings))
     on_generate(
         "bench_ask",

@@ -2,7 +2,8 @@
 
 A region comes in one of three ways: in the field `regions`; as the transparent part of an RGBA picture left out, which
 is how describe-anything's server takes it; or as several such pictures that differ in their alpha alone, a region each.
-An answer with regions has a choice per region.
+An answer with regions has a choice per region. A model that sees regions alone is asked about an image without any as
+about the region of all its pixels.
 """
 
 import time
@@ -25,6 +26,7 @@ from perceptiondlm.serving.server.schemas import ChatRequest, ContentPart, Messa
 OTHER_QUESTION = "Describe the masked region in detail."  # what clients of describe-anything ask
 PLACEHOLDERS = ("Image:", "<image>")  # that they may write before it
 ONE_TURN = "regions are asked about in one turn: user messages alone, with one image"
+REGIONS_ALONE = f"this model sees regions alone, so an image is asked about as one: {ONE_TURN}"
 
 
 @dataclass
@@ -42,9 +44,11 @@ class ChatAsk:
         return {"image": self.regions.picture, "regions": self.regions.regions, "question": self.question}
 
 
-def read_chat(request: ChatRequest, reader: Reader) -> ChatAsk:
+def read_chat(request: ChatRequest, reader: Reader, whole_images: bool = True) -> ChatAsk:
     """Read a conversation's pictures and regions; runs on a thread of its own.
 
+    Args:
+        whole_images: whether the model sees images as a whole; otherwise an image without regions is one region.
     Raises:
         Refused, ValueError, TypeError: naming what was wrong and what is accepted.
     """
@@ -66,6 +70,8 @@ def read_chat(request: ChatRequest, reader: Reader) -> ChatAsk:
     ]
     if any(region is not None for _, region in read):
         return ChatAsk(regions=marked_regions(read), question=question_of(request))
+    if read and not whole_images:
+        return ChatAsk(regions=whole_picture(read), question=question_of(request, REGIONS_ALONE))
     pictures = iter([picture for picture, _ in read])
     return ChatAsk(messages=[message_of(message, pictures) for message in request.messages])
 
@@ -86,10 +92,18 @@ def marked_regions(read: list[tuple[Image.Image, np.ndarray | None]]) -> RegionA
     return RegionAsk(read[0][0], found, len(found))
 
 
-def question_of(request: ChatRequest) -> str | None:
-    """The question about regions; None where it is nobody's own."""
+def whole_picture(read: list[tuple[Image.Image, np.ndarray | None]]) -> RegionAsk:
+    """The region that is all of the one picture."""
+    if len(read) != 1:
+        raise Refused(400, f"{REGIONS_ALONE}; got {len(read)} images", "messages")
+    picture = read[0][0]
+    return RegionAsk(picture, [FoundRegion.whole(*picture.size)], 1)
+
+
+def question_of(request: ChatRequest, accepted: str = ONE_TURN) -> str | None:
+    """The question about regions; None where it is nobody's own. A conversation is refused by what is `accepted`."""
     if any(message.role != "user" for message in request.messages):
-        raise Refused(400, f"{ONE_TURN}; got roles {[message.role for message in request.messages]}", "messages")
+        raise Refused(400, f"{accepted}; got roles {[message.role for message in request.messages]}", "messages")
     text = " ".join(text for message in request.messages for text in texts_of(message)).strip()
     for placeholder in PLACEHOLDERS:
         text = text.removeprefix(placeholder).strip()

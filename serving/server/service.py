@@ -70,7 +70,7 @@ class Service:
         body = await self._on_thread(parse, content, ChatRequest)
         if body.model not in (None, *self.names):
             raise Refused(404, f"there is no model {body.model[:80]!r} here; accepted: {self.names}", "model")
-        ask = await self._on_thread(read_chat, body, self.reader)
+        ask = await self._on_thread(read_chat, body, self.reader, self.engine.model.config.image_in_prompt)
         slots = self.engine.settings.get("max_new_tokens", self.engine.model.generation_config.max_new_tokens)
         settings = body.given_settings(slots)
         drafts = Drafts() if body.stream else None

@@ -4,7 +4,13 @@ import json
 import re
 import runpy
 import sys
+import threading
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +23,8 @@ pytest.importorskip("skimage", reason='the app needs scikit-image: pip install "
 
 from perceptiondlm.common.loading import DRAWN_MODEL, load_pipeline
 from perceptiondlm.common.palette import contrast
+from perceptiondlm.drawn.scenes import draw_scene
+from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.scripts.cli import main
 from perceptiondlm.serving.app.actions import MOST_PIXELS, Actions, safe_name
 from perceptiondlm.serving.app.captioner import Captioner
@@ -146,34 +154,51 @@ def test_decisions_remember_the_last_pass_that_changed_a_slot():
 # --- actions ----------------------------------------------------------------------------------------------------------
 
 
-class FakePipe:
-    """A pipeline on a tiny random model."""
+SETTINGS = {"steps": 4, "max_new_tokens": 8}
+WAIT = 600  # seconds: a busy machine is no error
 
-    def __init__(self, model, processor):
-        self.model, self.processor, self.device = model, processor, model.device
 
-    def encode_image(self, image):
-        inputs = self.processor(images=image, text=self.processor.region_question, return_tensors="pt")
-        return self.model.encode_image(**inputs)
+@contextmanager
+def actions_of(model, processor):
+    """What a visitor can do on a tiny random model."""
+    captioner = Captioner(RegionCaptioningPipeline(model=model, processor=processor), "tiny")
+    yield Actions(captioner, load_segmenter("none"), {})
+    captioner.close()
 
 
 @pytest.fixture(scope="module")
 def actions(model, processor):
-    return Actions(Captioner(FakePipe(model, processor), "tiny"), load_segmenter("none"), {})
+    with actions_of(model, processor) as actions:
+        yield actions
 
 
-@pytest.fixture
-def session(actions, scene, tmp_path):
-    """A session with the scene and its three objects marked."""
-    session = Session(tmp_path)
-    scene.image.save(tmp_path / "scene.png")
-    view = last(actions.open(session, tmp_path / "scene.png", "../../etc/my scene<b>.png"))
+def session_of(actions, scene, folder):
+    """A visitor with a scene and its objects marked."""
+    folder.mkdir(exist_ok=True)
+    session = Session(folder)
+    scene.image.save(folder / "scene.png")
+    view = last(actions.open(session, folder / "scene.png", "../../etc/my scene<b>.png"))
     assert (view["error"], view["image"]["name"]) == (None, "my scene_b_.png")
     session.add([FoundRegion.of_mask(item.mask) for item in scene.objects], "found")
     return session
 
 
-SETTINGS = {"steps": 4, "max_new_tokens": 8}
+@pytest.fixture
+def session(actions, scene, tmp_path):
+    """A session with the scene and its three objects marked."""
+    return session_of(actions, scene, tmp_path)
+
+
+def captions_of(view):
+    """The words of every caption of a view."""
+    assert view["error"] is None
+    return [[word for word, *_ in region["caption"]["words"]] for region in view["regions"]]
+
+
+def generated(model, processor, image, **asked):
+    """Texts that `generate` gives."""
+    output = model.generate(**processor(images=image, **asked), **SETTINGS)
+    return [answer["text"].split() for answer in processor.decode_answers(output)]
 
 
 def test_drafts_come_before_captions_and_captions_are_those_of_generate(actions, session, scene, model, processor):
@@ -193,7 +218,7 @@ def test_drafts_come_before_captions_and_captions_are_those_of_generate(actions,
 @pytest.mark.parametrize("how", ["stopped", "left"])
 def test_a_stopped_run_keeps_the_captions_before_and_frees_the_model(actions, session, how):
     last(actions.caption(session, SETTINGS))
-    before = [region.caption for region in session.regions]
+    before, cancelled = [region.caption for region in session.regions], actions.captioner.engine.counts.cancelled
     running = actions.caption(session, {"steps": 64, "max_new_tokens": 64})
     assert next(running)["busy"] == "captioning"
     if how == "left":
@@ -204,8 +229,104 @@ def test_a_stopped_run_keeps_the_captions_before_and_frees_the_model(actions, se
         assert view["note"] == "Stopped."
         assert all("words" in region["caption"] for region in view["regions"])
     assert [region.caption for region in session.regions] == before
-    assert actions.captioner.lock.acquire(timeout=10)
-    actions.captioner.lock.release()
+    engine = actions.captioner.engine
+    assert (engine.num_running, engine.num_waiting, engine.counts.cancelled) == (0, 0, cancelled + 1)
+
+
+def test_two_visitors_share_passes_and_get_what_each_gets_alone(actions, session, tmp_path):
+    other = session_of(actions, draw_scene(5, 1), tmp_path / "other")
+    engine, visitors = actions.captioner.engine, (session, other)
+
+    def passes_of(run):
+        before = engine.counts.passes
+        return run(), engine.counts.passes - before
+
+    def caption(one):
+        return captions_of(last(actions.caption(one, SETTINGS)))
+
+    alone, passes_alone = zip(*(passes_of(partial(caption, one)) for one in visitors), strict=True)
+
+    busy = threading.Event()
+
+    def hold(_draft):
+        """Until both wait to join: they then do so before the same step."""
+        busy.set()
+        end = time.monotonic() + WAIT
+        while len(engine._ready) < 2 and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def together():
+        with ThreadPoolExecutor(2) as threads:
+            held = engine.submit(session.image, question="Why?", steps=1, on_draft=hold)
+            assert busy.wait(WAIT)
+            found = list(threads.map(caption, visitors))
+            held.result(WAIT)
+        return found
+
+    found, passes_together = passes_of(together)
+    assert found == list(alone)
+    assert passes_together == 1 + max(passes_alone)  # one is the held question's
+
+
+def test_a_picture_is_encoded_when_it_is_opened_and_never_again(actions, scene, tmp_path, model):
+    calls = []
+    hook = model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    brighter = replace(scene, image=scene.image.point(lambda value: min(value + 9, 255)))
+    session = session_of(actions, brighter, tmp_path)
+    assert len(calls) == 1
+    captions_of(last(actions.caption(session, SETTINGS)))
+    last(actions.ask(session, "How many?", None, SETTINGS))
+    session_of(actions, brighter, tmp_path)  # another visitor, or the same one again
+    assert len(calls) == 1
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"image_in_prompt": False}, {"attention_layout": "released", "region_conditioning": "vision"}],
+    ids=["regions alone", "released"],
+)
+def test_models_of_other_kinds_caption_and_answer_too(tiny_model, tiny_processor, scene, tmp_path, config):
+    """One that sees regions alone is asked about the region of all pixels instead of the image."""
+    model = tiny_model(**config)
+    processor = tiny_processor(model)
+    masks, question = [item.mask for item in scene.objects], "What is it?"
+    with actions_of(model, processor) as actions:
+        session = session_of(actions, scene, tmp_path)
+        view = last(actions.caption(session, SETTINGS))
+        assert captions_of(view) == generated(model, processor, scene.image, masks=masks)
+        view = last(actions.ask(session, question, None, SETTINGS))
+        assert view["error"] is None
+        words = [word for word, *_ in view["exchanges"][0]["answer"]["words"]]
+    whole = {} if model.config.image_in_prompt else {"masks": [np.ones(masks[0].shape, bool)]}
+    assert [words] == generated(model, processor, scene.image, text=question, **whole)
+
+
+def test_a_visitor_who_stops_while_waiting_leaves_at_once(actions, session):
+    """The model is busy with another's question, and the line does not move."""
+    engine, going_on, released = actions.captioner.engine, threading.Event(), threading.Event()
+
+    def hold(_draft):
+        going_on.set()
+        released.wait(WAIT)
+
+    held = engine.submit(session.image, question="Why?", steps=1, on_draft=hold)
+    assert going_on.wait(WAIT)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(lambda: last(actions.caption(session, SETTINGS)))
+        while session.drafts is None and not running.done():
+            time.sleep(0.005)
+        session.stop()
+        assert running.result(WAIT)["note"] == "Stopped."
+    assert not held.done()
+    assert [region.caption for region in session.regions] == [None] * 3
+    released.set()
+    held.result(WAIT)
+
+
+def test_visitors_are_told_where_too_many_wait(actions, session, monkeypatch):
+    monkeypatch.setattr(actions.captioner.engine, "max_waiting", 0)
+    assert "requests wait already" in last(actions.caption(session, SETTINGS))["error"]
 
 
 def test_questions_about_region_and_picture_are_answered_beside_them(actions, session):
@@ -259,11 +380,12 @@ def test_copied_python_prints_the_captions_of_the_page(session, scene, capsys, m
     """On a model that lies in a folder of a repository, with the repository's code."""
     pipe = load_pipeline(Namespace(model=None, device=None, dtype="auto", quantize=None), DRAWN_MODEL)
     captioner = Captioner(pipe, str(DRAWN_MODEL))
-    session.captioner, session.encoded = captioner, captioner.encode(session.image)
+    session.captioner = captioner
     last(Actions(captioner, load_segmenter("none"), {}).caption(session, {"preset": "fast", "steps": 20}))
     script = session.folder / "script.py"
     script.write_text(python_code(session))
     scene.image.save(session.folder / session.image_name)
+    captioner.close()
     monkeypatch.chdir(session.folder)
     runpy.run_path(str(script))
     printed = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]

@@ -119,6 +119,15 @@ def test_an_image_is_encoded_once_whatever_it_comes_in(model, processor, scene, 
     hook.remove()
 
 
+def test_an_image_is_encoded_ahead_of_its_questions(engine, pipe, scene, tmp_path):
+    assert engine.encode(scene.image).result(WAIT).texts == []
+    answers = engine.submit(scene.image, masks=masks_of(scene)).result(WAIT)
+    assert answers.image_was_known
+    assert same(answers, pipe(scene.image, masks=masks_of(scene)))
+    with pytest.raises(FileNotFoundError):
+        engine.encode(tmp_path / "no such file.png").result(WAIT)
+
+
 def test_images_are_kept_within_a_bound(model, processor, scenes):
     with Engine(model, processor, settings=SETTINGS) as engine:
         sizes = []
@@ -244,6 +253,9 @@ def test_drafts_grow_into_the_answer(engine, scene, processor):
     assert drafts[0].ids.shape == (len(masks_of(scene)), 6)
     assert "▁" in drafts[0].texts()[0]
     assert [text.strip() for text in drafts[-1].texts()] == answers.texts
+    assert answers.ids == drafts[-1].ids.tolist()
+    for score, length, row in zip(answers.scores, answers.lengths, answers.confidences, strict=True):
+        assert sum(row[: length + 1]) / len(row[: length + 1]) == pytest.approx(score)
 
 
 def test_settings_of_the_engine_are_checked(model, processor):

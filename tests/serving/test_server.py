@@ -174,6 +174,27 @@ def test_chat_answers_questions(client, model, processor, scene):
     assert client.post("/v1/chat/completions", json=many).json()["usage"]["completion_tokens"] <= 6
 
 
+def test_chat_asks_a_model_that_sees_regions_alone_about_the_whole_picture(tiny_model, tiny_processor, scene):
+    model = tiny_model(image_in_prompt=False)
+    processor = tiny_processor(model)
+    whole = np.ones((scene.image.height, scene.image.width), bool)
+    pipe = RegionCaptioningPipeline(model=model, processor=processor, **SETTINGS)
+    picture = data_url(scene.image)
+    with client_of(model, processor) as client:
+        for text in ("How many objects?", ""):
+            reply = client.post("/v1/chat/completions", json=question(picture, text))
+            assert reply.status_code == 200, reply.text
+            choices = [(choice["message"]["content"], choice["box"]) for choice in reply.json()["choices"]]
+            assert choices == pairs(pipe(scene.image, masks=[whole], text=text or None))
+        assert client.post("/v1/chat/completions", json=question(None, "Is it red?")).status_code == 200
+        (asked,), (again,) = question(picture, "What?")["messages"], question(None, "And?")["messages"]
+        two = {"messages": [{**asked, "content": [*asked["content"], asked["content"][0]]}]}
+        for messages in ({"messages": [asked, {"role": "assistant", "content": "A boat."}, again]}, two):
+            reply = client.post("/v1/chat/completions", json=messages)
+            assert reply.status_code == 400
+            assert "sees regions alone" in reply.json()["error"]["message"]
+
+
 def test_chat_takes_regions_in_the_form_of_other_servers(client, scene, expected):
     """An RGBA picture marks its region by alpha; several of one picture are several regions; a field names any."""
     marked = [data_url(with_region(scene.image, mask)) for mask in masks_of(scene)]
