@@ -190,3 +190,21 @@ def test_workflow_runs_what_developers_run(workflow):
 
 def requires_python() -> str:
     return re.search(r'^requires-python = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+
+
+def test_annotation_speeds_are_the_committed_measurement():
+    result = json.loads((RESULTS / "annotation_cpu.json").read_text())
+    for (name, *cells), row in zip(table_rows("docs/annotate.md", "## What it costs"), result["speed"], strict=True):
+        told = (row["seconds"], row["regions_per_second"], row["times_one_at_a_time"])
+        for cell, value, digits in zip(cells, told, (0.051, 0.051, 0.0051), strict=True):
+            assert float(cell) == pytest.approx(value, abs=digits), name
+    for (size, *cells, speed), row in zip(
+        table_rows("docs/annotate.md", "seconds of a run by regions a batch"), result["bounds"], strict=True
+    ):
+        steps = ("reading and measuring", "vision tower", "prompts of images", "prompts of regions", "denoising passes")
+        assert int(size) == row["regions_per_batch"]
+        for cell, step in zip(cells, steps, strict=True):
+            assert float(cell) == pytest.approx(row["seconds"][step], abs=0.051), step
+        assert float(speed) == pytest.approx(row["gflop_per_second"], abs=0.51)
+    for row in result["kills"]:
+        assert (row["missing"], row["duplicates"], row["equal_captions"]) == (0, 0, row["regions"]), row["way"]
