@@ -63,8 +63,8 @@ def test_embedded_weights_are_small_and_load_in_full_precision(model, checkpoint
 def test_embedded_processor_and_settings_belong_to_the_model(model, processor):
     config = model.config
     most = processor.image_processor.max_tiles
-    cutting = {name: getattr(processor, name) for name in ("crop_context", "crop_max_share")}
-    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=most, **cutting).to_dict()
+    own = {name: getattr(processor, name) for name in ("crop_context", "crop_max_share", "score_calibration")}
+    fitting = PerceptionDLMProcessor.from_config(config, processor.tokenizer, max_tiles=most, **own).to_dict()
     found = processor.to_dict()
     found["image_processor"].pop("auto_map")
     assert fitting == found
@@ -121,7 +121,12 @@ def test_embedded_regions_together_equal_regions_one_by_one(captioned, model, pr
 
 
 def test_embedded_answers_a_question_about_the_image(model, processor, held_out):
-    inputs = processor(images=held_out[0].image, text="How many objects are in the image?")
+    image, question = held_out[0].image, "How many objects are in the image?"
+    inputs = processor(images=image, text=question)
+    if not model.config.image_in_prompt:
+        with pytest.raises(ValueError, match="sees regions alone"):
+            model.generate(**inputs)
+        inputs = processor(images=image, text=question, masks=np.ones((1, image.height, image.width), bool))
     (answer,) = processor.post_process_image_text_to_text(model.generate(**inputs, max_new_tokens=4, steps=4))
     assert answer
 
