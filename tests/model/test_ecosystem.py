@@ -13,20 +13,22 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
+from perceptiondlm.checkpoints.folder import export, register_auto_classes
 from perceptiondlm.generation_perceptiondlm import ended
 
 
-ROOT = Path(__file__).parents[2]  # the embedded default
+ROOT = Path(__file__).parents[2]
+DRAWN = {"subfolder": "drawn/model", "trust_remote_code": True}  # the embedded model that reads whole images
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    return AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+    return AutoModel.from_pretrained(ROOT, **DRAWN).eval()
 
 
 @pytest.fixture(scope="module")
 def embedded_processor():
-    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    return AutoProcessor.from_pretrained(ROOT, **DRAWN)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,11 @@ def test_assistant_masks_mark_what_the_assistant_says(picture, processor):
 # --- pipeline("image-text-to-text") -----------------------------------------------------------------------------------
 
 
-def test_the_image_text_to_text_pipeline_answers_a_chat(scene):
-    """Loaded by name, as the README's metadata declares it; its answer is `generate`'s."""
-    pipe = pipeline("image-text-to-text", model=str(ROOT), trust_remote_code=True)
+def test_the_image_text_to_text_pipeline_answers_a_chat(embedded, embedded_processor, scene, tmp_path):
+    """Loaded by name; its answer is `generate`'s."""
+    register_auto_classes()
+    export(embedded, embedded_processor, tmp_path / "model", torch.float32)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "model"), trust_remote_code=True)
     messages = chat({"type": "image", "image": scene.image}, "Describe the image.")
     (result,) = pipe(text=messages)
     answer = result["generated_text"][-1]

@@ -37,7 +37,7 @@ def test_it_loads_from_the_repository_and_agrees_with_the_processor():
     images = [noise_image(500, 240), noise_image(60, 62, seed=1)]
     tiles = found(images, return_tensors="pt")
     batch = processor(images=images, boxes=[BOX, BOX])
-    assert tiles["tile_grids"].tolist() == [[1, 1], [1, 1]]
+    assert tiles["tile_grids"].tolist() == [[2, 1], [1, 1]]
     for name in ("pixel_values", "tile_grids", "image_sizes"):
         assert torch.equal(tiles[name], batch[name]), name
     assert found(images[0])["pixel_values"].dtype == np.uint8
@@ -45,7 +45,7 @@ def test_it_loads_from_the_repository_and_agrees_with_the_processor():
 
 def test_settings_stand_in_one_place():
     saved = json.loads((ROOT / "processor_config.json").read_text())
-    assert saved["image_processor"]["max_tiles"] == 1
+    assert saved["image_processor"]["max_tiles"] == 6
     config = json.loads((ROOT / "config.json").read_text())
     assert not set(saved) & set(config) - {"auto_map"}
     assert not {"max_tiles", "tile_size", "image_mean"} & set(saved)
