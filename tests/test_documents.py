@@ -208,3 +208,16 @@ def test_annotation_speeds_are_the_committed_measurement():
         assert float(speed) == pytest.approx(row["gflop_per_second"], abs=0.51)
     for row in result["kills"]:
         assert (row["missing"], row["duplicates"], row["equal_captions"]) == (0, 0, row["regions"]), row["way"]
+
+
+def test_serving_load_is_the_committed_measurement():
+    result = json.loads((RESULTS / "serving_load.json").read_text())
+    phases = ("one_at_a_time", "many_clients", "stopped_under_load")
+    keys = ("answers_per_second", "p50_seconds", "p95_seconds")
+    for (name, requests, answered, wrong, *cells), phase in zip(
+        table_rows("docs/serving.md", "## Measured"), phases, strict=True
+    ):
+        row = result[phase]
+        assert (int(requests), int(answered), int(wrong)) == (row["requests"], row["answered"], len(row["wrong"])), name
+        for cell, key in zip(cells, keys, strict=True):
+            assert float(cell) == pytest.approx(row[key], abs=0.0051), (name, key)
