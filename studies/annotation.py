@@ -173,7 +173,7 @@ def kills(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[
         shutil.rmtree(out, ignore_errors=True)
         moments = []
         for _ in range(KILLS):
-            moments.append(killed_at(dice.uniform(0.3, 0.9) * run["seconds"], command(source, out, *more), out))
+            moments.append(killed_at(dice.uniform(0.3, 0.5) * run["seconds"], command(source, out, *more), out))
         log = out.with_suffix(".log")
         finished(started(command(source, out, *more), log), log)
         rows.append({"way": name, "kills": moments, **compared(read_records(clean), read_records(out))})
