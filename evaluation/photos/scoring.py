@@ -141,15 +141,15 @@ def calibration(results: Sequence[RegionResult]) -> dict[str, Any] | None:
         where each half of the pictures is brought to the truth by a fit to the other (None for one picture). None where
         captions come without scores.
     """
-    scored = [(one.score, one.verdict != "wrong") for one in results if one.score is not None]
-    if not scored:
-        return None
-    bins = reliability(scored)
     pictures = {name: place for place, name in enumerate(dict.fromkeys(_picture(one) for one in results))}
     halves: list[list[tuple[float, bool]]] = [[], []]
     for one in results:
         if one.score is not None:
             halves[pictures[_picture(one)] % 2].append((one.score, one.verdict != "wrong"))
+    scored = [*halves[0], *halves[1]]
+    if not scored:
+        return None
+    bins = reliability(scored)
     error = None
     if all(halves):
         lines = [fit_scores(half) for half in halves[::-1]]
