@@ -177,11 +177,15 @@ def efficientnet_lite_weights(state: Mapping[str, torch.Tensor]) -> dict[str, to
                 names[f"stages.{place}.{name}"] = (block + conv, block + norm)
     folded = {}
     for name, (conv, norm) in names.items():
-        mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        gain = state[f"{norm}.weight"] / (variance + BATCH_NORM_EPSILON).sqrt()
-        folded[f"{name}.weight"] = state[f"{conv}.weight"] * gain[:, None, None, None]
-        folded[f"{name}.bias"] = state[f"{norm}.bias"] - mean * gain
+        folded[f"{name}.weight"], folded[f"{name}.bias"] = folded_convolution(state, conv, norm)
     return folded
+
+
+def folded_convolution(state: Mapping[str, torch.Tensor], conv: str, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a published convolution without bias and the batch norm behind it, as one convolution."""
+    mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+    gain = state[f"{norm}.weight"] / (variance + BATCH_NORM_EPSILON).sqrt()
+    return state[f"{conv}.weight"] * gain[:, None, None, None], state[f"{norm}.bias"] - mean * gain
 
 
 class PromptedSiglipVisionModel(SiglipVisionModel):

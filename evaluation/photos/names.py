@@ -83,6 +83,7 @@ class NameTable:
         self.entries: Mapping[str, CategoryNames] = {entry.category: entry for entry in entries}
         words = {word for entry in self.entries.values() for word in (*entry.right, *entry.general, entry.name)}
         self.vocabulary = {*words, *(word.lower() for word in vocabulary), *VACUOUS}
+        self.found: dict[CategoryNames, CategoryNames] = {}  # what `canonical` gave
 
     @classmethod
     def coco(cls, vocabulary: Iterable[str] = ()) -> "NameTable":
@@ -100,12 +101,16 @@ class NameTable:
 
         A lemma has many senses (a kite is a bird, too): some general word of the entry must be among them as well.
         """
-        chain = (*lemmas.right, *lemmas.general)
-        for word in chain:
-            for entry in self.entries.values():
-                if word in entry.right and (not entry.general or set(chain) & set(entry.general)):
-                    return entry
-        return lemmas
+        if lemmas not in self.found:
+            chain = (*lemmas.right, *lemmas.general)
+            fitting = (
+                entry
+                for word in chain
+                for entry in self.entries.values()
+                if word in entry.right and (not entry.general or set(chain) & set(entry.general))
+            )
+            self.found[lemmas] = next(fitting, lemmas)
+        return self.found[lemmas]
 
     @cached_property
     def longest(self) -> int:

@@ -27,7 +27,8 @@ class AnswerCollator:
         processor: the only preprocessing path there is.
         answers: slots of an answer and how many noised copies it has.
         noise_level: see `stratified_noise`.
-        coarse_slots: of a coarse batch only this many first slots are kept, and its images are single tiles.
+        coarse_slots: of a coarse batch only this many first slots are kept, and its images are single tiles where
+            they take tokens (`image_in_prompt`).
         marked, terminated: whether a block's marker and terminator are noised beside its slots (`supervise_markers`).
     """
 
@@ -61,7 +62,7 @@ class AnswerCollator:
 
     def _rows(self, sample: dict[str, Any]) -> list[dict]:
         """The processor's rows of a sample's prompt."""
-        max_tiles = 1 if sample["coarse"] else None
+        max_tiles = 1 if sample["coarse"] and self.processor.config.image_in_prompt else None
         if "answers" in sample:
             return [self._turns_row(sample, max_tiles)]
         if "captions" not in sample:

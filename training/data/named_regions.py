@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class NamedRegionSource(Source):
         self.config, self.answers, self.key = config, answers, key
         self.pictures = read_pictures(str(config.path), config.image_root)
         self.table = NameTable.coco()
-        self.names = [[words_of(region, self.table) for region in picture.regions] for picture in self.pictures]
+        self.namings = [[Naming.of(region, self.table) for region in picture.regions] for picture in self.pictures]
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -50,11 +51,11 @@ class NamedRegionSource(Source):
         """Tokens of every group of the uncut picture, under its regions' own names."""
         image = self._open(record)
         faults = self._faults(record, image)
-        good = [index for index in range(len(self.names[record])) if index not in faults]
+        good = [index for index in range(len(self.namings[record])) if index not in faults]
         if not good:
             raise BadRecord(f"no region is good; the first: {faults[0]}")
         captions = [
-            self._caption(self.names[record][index], image, mask, 0.0, "", record)
+            self._caption(self.namings[record][index].entries[0], image, mask, 0.0, "", record)
             for index, mask in zip(good, self._masks(record, image, good), strict=True)
         ]
         slots, cut = zip(*map(self.answers.slots, captions), strict=True)
@@ -69,9 +70,10 @@ class NamedRegionSource(Source):
 
     def sample(self, record: int, unit: int, seed: str) -> dict[str, Any]:
         image, left_out = self._open(record), self.dropped.get(record, ())
-        good = [index for index in range(len(self.names[record])) if index not in left_out]
+        good = [index for index in range(len(self.namings[record])) if index not in left_out]
         group = [good[i] for i in deal(len(good), self.answers.processor.config.num_region_prompts, seed)[unit]]
-        names, masks = [self.names[record][i] for i in group], self._masks(record, image, group)
+        names = [self.namings[record][i].drawn(random.Random(f"name/{seed}/{record}/{i}")) for i in group]
+        masks = self._masks(record, image, group)
         if self.config.augment:
             image, masks, kept = cut_out(image, masks, random.Random(f"cut/{seed}/{unit}"))
             names = [names[i] for i in kept]
@@ -91,16 +93,16 @@ class NamedRegionSource(Source):
     def _faults(self, record: int, image: Image.Image) -> dict[int, str]:
         """What is wrong with regions of a picture, by their place."""
         faults = {}
-        for index, names in enumerate(self.names[record]):
+        for index, naming in enumerate(self.namings[record]):
             try:
-                for word in (names.name, *names.broader):
+                for word in naming.words:
                     self.answers.check_text(word, f"name of region {index}")
             except BadRecord as error:
                 faults[index] = str(error)
         try:
             self._masks(record, image)
         except BadRecord:
-            for index in range(len(self.names[record])):
+            for index in range(len(self.namings[record])):
                 try:
                     self._masks(record, image, [index])
                 except BadRecord as error:
@@ -121,6 +123,28 @@ class NamedRegionSource(Source):
             raise BadRecord(str(error)) from error
 
 
+@dataclass(frozen=True)
+class Naming:
+    """What a region may be called: one entry, or several with their chances, likeliest first."""
+
+    entries: Sequence[CategoryNames]
+    chances: Sequence[float]
+
+    @classmethod
+    def of(cls, region: NamedRegion, table: NameTable) -> "Naming":
+        guesses = sorted(region.guesses or [(region, 1.0)], key=lambda guess: -guess[1])
+        return cls([words_of(guess, table) for guess, _ in guesses], [chance for _, chance in guesses])
+
+    @property
+    def words(self) -> list[str]:
+        """Every name that captions may use."""
+        return list(dict.fromkeys(word for entry in self.entries for word in (entry.name, *entry.broader)))
+
+    def drawn(self, dice: random.Random) -> CategoryNames:
+        """One of the entries, by their chances."""
+        return dice.choices(self.entries, self.chances)[0]
+
+
 def words_of(region: NamedRegion, table: NameTable) -> CategoryNames:
     """The accepted words of a region: those of COCO's categories where its name falls under one."""
     if region.lemmas is not None:
@@ -133,12 +157,13 @@ def words_of(region: NamedRegion, table: NameTable) -> CategoryNames:
 def caption_names(sources: Iterable[SourceConfig]) -> list[str]:
     """Every name that captions of these sources may begin with, article included, and those of COCO's categories."""
     table = NameTable.coco()
-    entries = list(table.entries.values())
+    names = [word for entry in table.entries.values() for word in (entry.name, *entry.broader)]
     for source in sources:
         if source.kind == "named_regions":
             pictures = read_pictures(str(source.path), source.image_root)
-            entries += [words_of(region, table) for picture in pictures for region in picture.regions]
-    return list(dict.fromkeys(with_article(word) for entry in entries for word in (entry.name, *entry.broader)))
+            regions = (region for picture in pictures for region in picture.regions)
+            names += [word for region in regions for word in Naming.of(region, table).words]
+    return list(dict.fromkeys(map(with_article, names)))
 
 
 def cut_out(
