@@ -147,8 +147,9 @@ class Denoiser:
         self.end_ids, self.vocabulary = end_ids, vocabulary
         self.device = canvas.ids.device
         suppressed = torch.tensor(settings.suppress_tokens or [], dtype=torch.int64, device=self.device)
+        bias = {ids[0]: value for ids, value in settings.sequence_bias or ()}
         self.choose_tokens = TokenSampler(
-            settings.temperature, settings.top_k, settings.top_p, suppressed, settings.sampler, generator
+            settings.temperature, settings.top_k, settings.top_p, suppressed, bias, settings.sampler, generator
         )
         self.rank_slots = SlotSampler(
             settings.sampler, len(canvas.ids), settings.threshold, settings.entropy_bound, generator

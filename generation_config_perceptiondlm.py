@@ -6,6 +6,7 @@ call `steps`, and keywords of autoregressive `generate` that ask for nothing tha
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from transformers import GenerationConfig
@@ -82,6 +83,15 @@ def _is_ids(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and all(type(i) is int and i >= 0 for i in value))
 
 
+def _is_bias(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (list, tuple))
+        and all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in value)
+        and all(_is_ids(ids) and ids is not None and len(ids) == 1 for ids, _ in value)
+        and all(isinstance(bias, (int, float)) and type(bias) is not bool and isfinite(bias) for _, bias in value)
+    )
+
+
 _ANYTHING = Setting(None, lambda _value: True, "anything")
 
 SETTINGS: dict[str, Setting] = {
@@ -100,6 +110,7 @@ SETTINGS: dict[str, Setting] = {
     "top_k": _count(None),
     "top_p": _number(None, lambda value: 0 < value <= 1, "in (0, 1]"),
     "suppress_tokens": Setting(None, _is_ids, "a list of token ids"),
+    "sequence_bias": Setting(None, _is_bias, "{(id,): bias} or [[[id], bias]] with finite biases, one token each"),
     "seed": Setting(
         None, lambda v: v is None or (type(v) is int and 0 <= v < 2**63), "an integer in [0, 2**63)"
     ),
@@ -141,6 +152,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 0): 0 takes the most probable token; above, tokens are sampled.
         top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling to the likeliest tokens.
         suppress_tokens (`list[int]`, *optional*): ids that are never chosen.
+        sequence_bias (`dict[tuple[int], float]` or `list`, *optional*): biases of single tokens, added to their logits
+            where a slot's token is chosen; `confidences` stay the model's own probabilities. As transformers has it,
+            but for sequences of several tokens, since slots are decided at once.
         preset (`str`, *optional*): named settings, of `GENERATION_PRESETS`; what is given besides overrides them.
         seed (`int`, *optional*): makes sampling repeatable, on any device; or pass `generator` to `generate`.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the tokenizer's, recorded for other tools; answers
@@ -152,6 +166,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         # GenerationConfig's own fields are those of autoregressive decoding: deliberately not initialised.
         for name, setting in SETTINGS.items():
             setattr(self, name, kwargs.pop(name, setting.default))
+        if isinstance(self.sequence_bias, dict):  # as JSON has it
+            pairs = self.sequence_bias.items()
+            self.sequence_bias = [[list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in pairs]
         self._commit_hash = kwargs.pop("_commit_hash", None)
         self._from_model_config = kwargs.pop("_from_model_config", None)
         self.transformers_version = kwargs.pop("transformers_version", None)

@@ -143,6 +143,8 @@ class PerceptionDLMGenerationMixin:
                 f"suppress_tokens must be ids below {vocabulary} and leave at least one token, got "
                 f"{len(suppressed)} ids up to {max(suppressed)}"
             )
+        if beyond := [ids[0] for ids, _ in settings.sequence_bias or () if ids[0] >= vocabulary]:
+            raise ValueError(f"sequence_bias must be of ids below {vocabulary}, got {beyond[0]}")
         return settings, {name: value for name, value in kwargs.items() if name in tensors}
 
     def adjust_generation_fn(

@@ -3,7 +3,7 @@
 Legend: see sequence_perceptiondlm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class TokenSampler:
 
     Args:
         temperature, top_k, top_p, suppress_tokens: settings of `PerceptionDLMGenerationConfig`.
+        bias: of tokens by their id, its `sequence_bias`.
         certainty: what an adaptive sampler ranks slots by, `"margin"` or `"entropy_bound"`; otherwise unused.
         generator: source of randomness, on any device.
     """
@@ -33,6 +34,7 @@ class TokenSampler:
     top_k: int | None = None
     top_p: float | None = None
     suppress_tokens: torch.Tensor | None = None
+    bias: Mapping[int, float] | None = None
     certainty: str = "confidence"
     generator: torch.Generator | None = None
 
@@ -52,10 +54,13 @@ class TokenSampler:
         if self.suppress_tokens is not None and self.suppress_tokens.numel():
             logits = logits.index_fill(-1, self.suppress_tokens.to(logits.device), float("-inf"))
         probabilities = logits.softmax(dim=-1)
-        if self.temperature == 0:
+        if self.bias:
+            ids, values = (torch.tensor(part, device=logits.device) for part in zip(*self.bias.items(), strict=True))
+            logits = logits.index_add(-1, ids, values.to(logits).expand(len(logits), -1))
+        if self.temperature == 0 and not self.bias:
             confidence, tokens = probabilities.max(dim=-1)
         else:
-            tokens = self._draw(logits / self.temperature)
+            tokens = self._draw(logits / self.temperature) if self.temperature else logits.argmax(dim=-1)
             confidence = probabilities.gather(-1, tokens[:, None])[:, 0]
         if self.certainty == "margin":
             likeliest = probabilities.topk(2, dim=-1).values

@@ -295,6 +295,7 @@ SETTINGS = {
     "huge seed": (generate(seed=2**70), ValueError, "seed must be an integer in [0, 2**63), got"),
     "suppressed text": (generate(suppress_tokens="cat"), ValueError, "suppress_tokens must be a list of token ids"),
     "suppressed -1": (generate(suppress_tokens=[-1]), ValueError, "list of token ids, got [-1]"),
+    "biased id too large": (generate(sequence_bias={(10**6,): 1.0}), ValueError, "sequence_bias must be of ids below"),
     "suppressed id too large": (generate(suppress_tokens=[10**6]), ValueError, "1 ids up to 1000000"),
     "everything suppressed": (
         lambda d: generate(suppress_tokens=list(range(d.model.config.text_config.vocab_size)))(d),

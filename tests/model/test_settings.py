@@ -52,6 +52,10 @@ def test_adaptive_samplers_refuse_released_rules(settings):
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, float("nan"), "0.9")),
         *(("seed", value) for value in (1.5, "1", True)),
         *(("suppress_tokens", value) for value in (5, [-1], ["a"], [1.0])),
+        *(
+            ("sequence_bias", value)
+            for value in (5, {5: 1.0}, {(5, 6): 1.0}, [[[5], float("inf")]], [[[5]]], {(5,): "1"})
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(replay, batch, name, value):
@@ -118,7 +122,7 @@ def test_a_saved_generation_config_comes_back_the_same(tmp_path):
         "max_new_tokens": 12, "steps": 9, "block_length": 4, "sampler": "random", "temperature": 0.7, "top_k": 20,
         "top_p": 0.9, "suppress_tokens": [3, 5], "seed": 11, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
             "shared_schedule": False, "remasking": True, "threshold": 0.8, "entropy_bound": 0.3, "early_exit": False,
-        "refresh_interval": 4, "compile": True,
+        "refresh_interval": 4, "compile": True, "sequence_bias": [[[3], 0.5]],
     }  # fmt: skip
     assert set(settings) == set(PerceptionDLMGenerationConfig.fields())
     PerceptionDLMGenerationConfig(**settings).save_pretrained(tmp_path)
