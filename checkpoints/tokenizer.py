@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS
+from perceptiondlm.evaluation.photos.layout import COLUMNS, ROWS, SIZES
 from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
@@ -58,9 +59,9 @@ def colour_texts(repeats: int = 100) -> Iterable[str]:
     """What captions of named regions say beside the name: colours, sizes and places, each word frequent enough to be
     a token of its own.
     """
-    sizes, rows, columns = ("tiny", "small", "medium-sized", "large"), ("top", "bottom"), ("left", "right")
-    places = " ".join(f"at the {row} {column}" for row in rows for column in columns)
-    text = f", {' and '.join(COLOUR_WORDS)}, {' '.join(sizes)}, {places}, in the middle"
+    places = " ".join(f"at the {row} {column}" for row in filter(None, ROWS) for column in filter(None, COLUMNS))
+    sizes = " ".join(word for _, word in SIZES)
+    text = f", {' and '.join(COLOUR_WORDS)}, {sizes}, {places}, in the middle"
     yield from (text for _ in range(repeats))
 
 

@@ -31,9 +31,10 @@ def table_lines(report: Mapping[str, Any]) -> list[str]:
     for name, row in (*report["shares"].items(), *report["baselines"].items()):
         cells = [f"{row['regions']:>10d}"] + [_percent(row[key]).rjust(10) for key in ("right", "general", "wrong")]
         lines.append(name.ljust(width) + "".join(cells) + _percent(row[EITHER]).rjust(18))
-    if report["colours_right"] is not None:
-        naming = f"{report['captions_with_colours']:.1f} % of captions that name any"
-        lines.append(f"colours right: {report['colours_right']:.1f} % of the {naming}")
+    for what in ("colours", "sizes", "places"):
+        if report[f"{what}_right"] is not None:
+            naming = f"{report[f'captions_with_{what}']:.1f} % of captions that name any"
+            lines.append(f"{what} right: {report[f'{what}_right']:.1f} % of the {naming}")
     if calibration := report["calibration"]:
         lines.append(f"confidence: expected calibration error {calibration['expected_error']:.3f}; mean score: true")
         lines += [f"  {one['score']:.2f}: {one['true']:.2f} ({one['regions']} regions)" for one in calibration["bins"]]

@@ -2,12 +2,13 @@
 
 The protocol: the name a caption gives (`NameTable.said`) is compared with the accepted words of the annotated category.
 A caption that names nothing, a thing or an object is wrong. Colours are right where every colour word of the caption
-covers at least `TRUE_SHARE` of the region's pixels. All shares are in percent.
+covers at least `TRUE_SHARE` of the region's pixels, sizes and places where layout.py finds the same words. All shares
+are in percent.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +20,14 @@ from torch.nn import functional as F
 from perceptiondlm.answers_perceptiondlm import calibrated, log_odds
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS, TRUE_SHARE, colour_shares
+from perceptiondlm.evaluation.photos.layout import PLACES, SIZES, place, size_word
 from perceptiondlm.evaluation.photos.names import VERDICTS, NameTable
 
 
 # Regions by share of the picture, and what the report calls them.
 SIZE_LIMITS = (("below 0.3 %", 0.003), ("0.3 to 2 %", 0.02), ("2 to 10 %", 0.1), ("above 10 %", 1.01))
 RELIABILITY_BINS = 10
+SIZE_WORDS = tuple(word for _, word in SIZES)
 COLOUR_PATTERN = re.compile(rf"\b({'|'.join((*COLOUR_WORDS, 'gray'))})\b")
 
 
@@ -39,6 +42,7 @@ class RegionResult:
         caption: the text; score: the model's own confidence in [0, 1], None where captions come without.
         said: the name found in it, if any; verdict: one of `VERDICTS`.
         colours_right: whether all colours it names are there; None where it names none.
+        size_right, place_right: whether the word of layout.py is true of the mask; None where it uses none of them.
     """
 
     region_id: str
@@ -50,6 +54,8 @@ class RegionResult:
     said: str | None
     verdict: str
     colours_right: bool | None
+    size_right: bool | None = None
+    place_right: bool | None = None
 
 
 def score_picture(
@@ -76,6 +82,8 @@ def score_picture(
                 table.said(caption),
                 table.verdict(caption, region.category),
                 colours_right(caption, colour_shares(pixels, mask)),
+                said_right(caption, size_word(mask), SIZE_WORDS),
+                said_right(caption, place(mask), PLACES),
             )
         )
     return results
@@ -89,6 +97,12 @@ def colours_right(caption: str, shares: Mapping[str, float]) -> bool | None:
     _, comma, listed = caption.lower().partition(",")
     said = {word.replace("gray", "grey") for word in COLOUR_PATTERN.findall(listed if comma else caption.lower())}
     return all(shares.get(word, 0.0) >= TRUE_SHARE for word in said) if said else None
+
+
+def said_right(caption: str, true: str, words: Iterable[str]) -> bool | None:
+    """Whether the one of `words` that a caption lists between its commas is the true one; None where it lists none."""
+    said = {part.strip() for part in caption.lower().split(",")} & set(words)
+    return said == {true} if said else None
 
 
 def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
@@ -110,13 +124,17 @@ def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
         low = limit
     tests["things below 0.3 %"] = lambda one: one.isthing and one.share < SIZE_LIMITS[0][1]
     rows = {name: verdict_shares([one for one in results if test(one)]) for name, test in tests.items()}
-    coloured = [one.colours_right for one in results if one.colours_right is not None]
+    told = {
+        "colours": [one.colours_right for one in results if one.colours_right is not None],
+        "sizes": [one.size_right for one in results if one.size_right is not None],
+        "places": [one.place_right for one in results if one.place_right is not None],
+    }
     return {
         "num_regions": len(results),
         "num_pictures": len(set(map(_picture, results))),
         "shares": rows,
-        "colours_right": 100 * sum(coloured) / len(coloured) if coloured else None,
-        "captions_with_colours": 100 * len(coloured) / len(results),
+        **{f"{what}_right": 100 * sum(true) / len(true) if true else None for what, true in told.items()},
+        **{f"captions_with_{what}": 100 * len(true) / len(results) for what, true in told.items()},
         "calibration": calibration(results),
     }
 

@@ -218,7 +218,7 @@ def test_other_files_are_refused(content, message, tmp_path):
 
 def test_scores_by_size_kind_and_colour(tmp_path):
     (read,) = read_pictures(own(tmp_path))
-    captions = {"a_0": "a cat, red, large", "a_1": "an animal, green, large"}
+    captions = {"a_0": "a cat, red, large, at the left", "a_1": "an animal, green, tiny, somewhere"}
     results = score_picture(read, ["a_0", "a_1"], captions, {"a_0": 0.9, "a_1": 0.3}, TABLE)
     report = summarize(results)
     assert report["shares"]["all"] == {
@@ -227,6 +227,8 @@ def test_scores_by_size_kind_and_colour(tmp_path):
     assert report["shares"]["above 10 %"]["regions"] == 2
     assert report["shares"]["below 0.3 %"]["right"] is None
     assert report["colours_right"] == 50.0  # the dog's half is black
+    assert (report["sizes_right"], report["captions_with_sizes"]) == (50.0, 100.0)
+    assert (report["places_right"], report["captions_with_places"]) == (100.0, 50.0)
 
 
 def test_calibration_compares_confidence_with_truth():

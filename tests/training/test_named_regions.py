@@ -10,12 +10,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from perceptiondlm.checkpoints.tokenizer import build_tokenizer, colour_texts
+from perceptiondlm.evaluation.photos.layout import place
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.training.data.bad_records import BadRecord
 from perceptiondlm.training.data.data_config import DataConfig, LossConfig, SourceConfig
 from perceptiondlm.training.data.mixture import build_mixture
 from perceptiondlm.training.data.named_regions import NamedRegionSource, caption_names, cut_out
-from perceptiondlm.training.data.true_captions import place, true_caption, with_article
+from perceptiondlm.training.data.true_captions import true_caption, with_article
 
 
 TABLE = NameTable.coco()

@@ -10,12 +10,10 @@ import random
 import numpy as np
 
 from perceptiondlm.evaluation.photos.colours import colour_shares, named_colours
+from perceptiondlm.evaluation.photos.layout import place, size_word
 from perceptiondlm.evaluation.photos.names import CategoryNames
 
 
-# Upper limits of a region's share of the picture, and the word for it.
-SIZES = ((0.003, "tiny"), (0.02, "small"), (0.1, "medium-sized"), (1.0, "large"))
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 UNCOUNTED = frozenset((
     "furniture", "clothing", "food", "sports equipment", "equipment", "tableware", "fabric", "water", "grass",
     "sand", "sky", "snow", "dirt", "gravel", "paper", "cardboard", "broccoli", "glass", "luggage", "skis",
@@ -36,9 +34,7 @@ def true_caption(
     """
     name = drawn_name(names, general_share, dice)
     colours = " and ".join(named_colours(colour_shares(pixels_HW3, mask_HW)))
-    share = float(mask_HW.mean())
-    size = next(word for limit, word in SIZES if share <= limit)
-    return f"{with_article(name)}, {colours}, {size}, {place(mask_HW)}"
+    return f"{with_article(name)}, {colours}, {size_word(mask_HW)}, {place(mask_HW)}"
 
 
 def drawn_name(names: CategoryNames, general_share: float, dice: random.Random) -> str:
@@ -51,13 +47,3 @@ def with_article(name: str) -> str:
     if name in UNCOUNTED:
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def place(mask_HW: np.ndarray) -> str:
-    """Where the middle of a mask lies, in thirds of the picture: "at the top left", "in the middle"."""
-    rows, columns = np.nonzero(mask_HW)
-    height, width = mask_HW.shape
-    row = ROWS[min(int(3 * (rows.mean() + 0.5) / height), 2)]
-    column = COLUMNS[min(int(3 * (columns.mean() + 0.5) / width), 2)]
-    words = " ".join(filter(None, (row, column)))
-    return f"at the {words}" if words else "in the middle"
