@@ -98,6 +98,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
             of the colours under the mask.
         region_pooling (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry the mean of the
             region's features under its mask, which stands in for the features of bins that the mask does not touch.
+            Image features are then brought to unit mean square, whatever the scale of the tower's.
         image_in_prompt (`bool`, defaults to `True`): whether the language model reads the image's tokens. Without them,
             under `"replay"` only, an image reaches it through regions alone, one placeholder stands for it in the
             prompt, and more tiles cost no tokens.

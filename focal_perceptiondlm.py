@@ -6,7 +6,8 @@ RoI-Align of the region's box *inside its crop* gives as many features as that o
 projection of the one is added to the other: no token more, and a region still sees what it would see alone. A region
 above a share of its image skips its crop, since the image shows it as large. Appearance is what features of a deep
 tower lose: mean and spread of the colours under the mask in each bin. Pooling adds the mean of the region's features
-under its mask, which also stands where the mask leaves a bin empty: what lies there is not the region.
+under its mask, which also stands where the mask leaves a bin empty: what lies there is not the region. The sum is then
+brought to unit mean square: a tower of many channels would drown what else a token says, its place above all.
 
 Legend: R regions, Q regions with a crop, S bins per RoI side, b = S² bins, c crop side in pixels, n image tokens per
 crop side, D language width, N boxes of an image, H x W pixels of a picture.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from .coverage_perceptiondlm import Region
 from .images_perceptiondlm import load_image
@@ -159,7 +161,7 @@ class FocalReplay(nn.Module):
         appearance_Rb6: torch.Tensor | None = None,
         covered_Rb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """RoI features (R, b, D) with those of the regions' crops, their colours and their means added.
+        """RoI features (R, b, D) with those of the regions' crops, their means and their colours added.
 
         Args:
             crop_features_QbD: RoI-aligned inside the crops; cropped_Q: the regions that have one (both may be empty).
@@ -177,6 +179,8 @@ class FocalReplay(nn.Module):
             added_QbD = self.crop_proj(crop_features_QbD)
             added_QbD = added_QbD if pooled_Q1D is None else added_QbD + pooled_Q1D
             features_RbD = features_RbD.index_add(0, cropped_Q, added_QbD.to(features_RbD.dtype))
+        if self.pooled_proj is not None:
+            features_RbD = F.rms_norm(features_RbD, features_RbD.shape[-1:])
         if self.appearance_proj is not None and appearance_Rb6 is not None:
             features_RbD = features_RbD + self.appearance_proj(appearance_Rb6.to(features_RbD.dtype))
         return features_RbD

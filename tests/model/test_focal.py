@@ -92,6 +92,21 @@ def test_the_mean_under_the_mask_stands_where_the_mask_does_not():
     torch.testing.assert_close(filled[0], torch.tensor([[1.0, 2.0], [3.0, 6.0], [1.5, 3.0], [1.5, 3.0]]))
 
 
+def test_pooling_leaves_what_else_tokens_say_audible_whatever_the_scale_of_the_features():
+    """Ten thousand times larger features say the same, and do not drown colours, which are added behind them."""
+    module = FocalReplay(focal_config(region_crop_size=64, region_pooling=True, region_appearance=True))
+    features, colours = torch.randn(2, 4, 8), torch.rand(2, 4, 6)
+    cropped, covered = torch.tensor([1]), torch.rand(2, 4)
+    for layer in (module.crop_proj, module.pooled_proj, module.pooled_crop_proj):
+        layer.bias.data.zero_()
+    found = [
+        module(scale * features, scale * features[cropped], cropped, colours, covered) for scale in (1.0, 10_000.0)
+    ]
+    torch.testing.assert_close(*found)
+    plain = found[0] - module.appearance_proj(colours)
+    torch.testing.assert_close(plain.pow(2).mean(dim=-1), torch.ones(2, 4))
+
+
 def test_pooling_hides_what_lies_beside_the_mask():
     torch.manual_seed(0)
     module = FocalReplay(focal_config(region_crop_size=64, region_pooling=True))
