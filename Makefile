@@ -49,10 +49,9 @@ miniature: $(INSTALLED)
 	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json
 
 default: $(INSTALLED)
-	$(BIN)/python -m perceptiondlm.training.pseudo_labels training/configs/default.yaml --regions data/photos/train.json \
-		--pictures data/photos/imagenet.json --out outputs/default/guessed.json
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml
-	for file in $(MODEL_FILES); do cp outputs/default/final/$$file .; done
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default_whole.yaml
+	for file in $(MODEL_FILES); do cp outputs/default_whole/final/$$file .; done
 
 drawn: $(INSTALLED)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml

@@ -81,7 +81,7 @@ def test_appearance_tells_stripes_from_their_mean():
 
 
 def focal_config(**switches):
-    off = {"region_crop_size": 0, "region_appearance": False, "region_pooling": False}
+    off = {"region_crop_size": 0, "region_appearance": False, "region_pooling": False, "region_norm": False}
     return SimpleNamespace(text_config=SimpleNamespace(hidden_size=8), **{**off, **switches})
 
 
@@ -92,9 +92,11 @@ def test_the_mean_under_the_mask_stands_where_the_mask_does_not():
     torch.testing.assert_close(filled[0], torch.tensor([[1.0, 2.0], [3.0, 6.0], [1.5, 3.0], [1.5, 3.0]]))
 
 
-def test_pooling_leaves_what_else_tokens_say_audible_whatever_the_scale_of_the_features():
+def test_the_norm_leaves_what_else_tokens_say_audible_whatever_the_scale_of_the_features():
     """Ten thousand times larger features say the same, and do not drown colours, which are added behind them."""
-    module = FocalReplay(focal_config(region_crop_size=64, region_pooling=True, region_appearance=True))
+    module = FocalReplay(
+        focal_config(region_crop_size=64, region_pooling=True, region_appearance=True, region_norm=True)
+    )
     features, colours = torch.randn(2, 4, 8), torch.rand(2, 4, 6)
     cropped, covered = torch.tensor([1]), torch.rand(2, 4)
     for layer in (module.crop_proj, module.pooled_proj, module.pooled_crop_proj):

@@ -291,16 +291,6 @@ def test_coarse_epochs_train_the_first_slots_on_single_tiles(build):
     assert torch.equal(coarse["labels"], whole["labels"][:, :6])
 
 
-def test_coarse_epochs_keep_tiles_that_take_no_tokens(build, monkeypatch):
-    dataset, collator = build([{"kind": "scenes", "samples": 4}], coarse_epochs=1, coarse_slots=6)
-    monkeypatch.setattr(collator.processor.config, "image_in_prompt", False)
-    coarse = collator([dataset[i] for i in range(4)])
-    dataset.set_epoch(1)
-    whole = collator([dataset[i] for i in range(4)])
-    assert coarse["labels"].shape[1] == 6
-    assert torch.equal(coarse["pixel_values"], whole["pixel_values"])
-
-
 # --- equation 2 ---------------------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,7 @@ class AnswerCollator:
         processor: the only preprocessing path there is.
         answers: slots of an answer and how many noised copies it has.
         noise_level: see `stratified_noise`.
-        coarse_slots: of a coarse batch only this many first slots are kept, and its images are single tiles where
-            they take tokens (`image_in_prompt`).
+        coarse_slots: of a coarse batch only this many first slots are kept, and its images are single tiles.
         marked, terminated: whether a block's marker and terminator are noised beside its slots (`supervise_markers`).
     """
 
@@ -62,7 +61,7 @@ class AnswerCollator:
 
     def _rows(self, sample: dict[str, Any]) -> list[dict]:
         """The processor's rows of a sample's prompt."""
-        max_tiles = 1 if sample["coarse"] and self.processor.config.image_in_prompt else None
+        max_tiles = 1 if sample["coarse"] else None
         if "answers" in sample:
             return [self._turns_row(sample, max_tiles)]
         if "captions" not in sample:

@@ -101,9 +101,9 @@ class SourceConfig:
 class DataConfig:
     """The mixture of a run and how it is read.
 
-    The first `coarse_epochs` are a curriculum: only the first `coarse_slots` of an answer are trained ("a large striped
-    red house"), and every image is a single tile where its tiles are tokens (`image_in_prompt`). Nothing but the region
-    tells these words, so seeing is learned first, on short sequences; the rest of the caption comes after.
+    The first `coarse_epochs` are a curriculum: every image is a single tile and only the first `coarse_slots` of an
+    answer are trained ("a large striped red house"). Nothing but the region tells these words, so seeing is learned
+    first, on short sequences; the rest of the caption comes after.
 
     Args:
         sources: parts of the mixture.
