@@ -45,10 +45,8 @@ from perceptiondlm.training.tower_features import reuse_features
 STEPS, RATE, WEIGHT_DECAY, DROPOUT = 200, 3e-3, 0.05, 0.5
 FOLDS = 4  # of the annotated pictures, to measure the teacher and bring its chances to the truth
 WHOLE_WEIGHT = 0.3  # of a picture named as a whole beside an annotated region
-PRIOR_WEIGHT, PRIOR_FLOOR = (
-    0.4,
-    1e-4,
-)  # where the weight of the classifier's own classes starts; the least chance of a class
+PRIOR_WEIGHT = 0.4  # of the chances of ImageNet's classes, where it starts
+PRIOR_FLOOR = 1e-4  # least chance of a class
 SHARPNESS = torch.linspace(0.3, 1.2, 19)  # of the teacher's scores: those tried
 LEAST_CHANCE, MOST_GUESSES = 0.02, 12  # what is written of a region's names
 SCALES = (0.7, 1.5)  # of a borrowed outline, between pictures of one size
