@@ -92,6 +92,13 @@ def _is_bias(value: Any) -> bool:
     )
 
 
+def as_pairs(biases: Any) -> Any:
+    """Biases by tuples of ids in the form that JSON can hold; any other value as it is."""
+    if not isinstance(biases, dict):
+        return biases
+    return [[list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in biases.items()]
+
+
 _ANYTHING = Setting(None, lambda _value: True, "anything")
 
 SETTINGS: dict[str, Setting] = {
@@ -164,11 +171,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
     def __init__(self, preset: str | None = None, **kwargs: Any):
         kwargs = {**preset_settings(preset), **renamed(kwargs)}
         # GenerationConfig's own fields are those of autoregressive decoding: deliberately not initialised.
+        kwargs["sequence_bias"] = as_pairs(kwargs.get("sequence_bias"))
         for name, setting in SETTINGS.items():
             setattr(self, name, kwargs.pop(name, setting.default))
-        if isinstance(self.sequence_bias, dict):  # as JSON has it
-            pairs = self.sequence_bias.items()
-            self.sequence_bias = [[list(ids) if isinstance(ids, tuple) else ids, bias] for ids, bias in pairs]
         self._commit_hash = kwargs.pop("_commit_hash", None)
         self._from_model_config = kwargs.pop("_from_model_config", None)
         self.transformers_version = kwargs.pop("transformers_version", None)

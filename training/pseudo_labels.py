@@ -89,7 +89,8 @@ class Eyes:
                 "pseudo-labels need vision_config.model_type 'efficientnet_lite' and a region_crop_size, got "
                 f"{config.vision_config.model_type!r} and {config.region_crop_size}"
             )
-        self.model, self.head = prepare_parts(model, run.train).eval(), ClassHead()
+        self.model: Any = prepare_parts(model, run.train).eval()
+        self.head = ClassHead()
         self.compute, self.bf16 = model.vision_tower.forward, bool(run.trainer.get("bf16"))
         reuse_features(model, run.train.tower_features, run.train.tower_features_gib, 0.0)
 
