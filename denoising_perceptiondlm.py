@@ -147,7 +147,10 @@ class Denoiser:
         self.end_ids, self.vocabulary = end_ids, vocabulary
         self.device = canvas.ids.device
         suppressed = torch.tensor(settings.suppress_tokens or [], dtype=torch.int64, device=self.device)
-        bias = {ids[0]: value for ids, value in settings.sequence_bias or ()}
+        bias = None
+        if settings.sequence_bias:
+            ids, values = zip(*settings.sequence_bias, strict=True)
+            bias = torch.tensor(ids, device=self.device)[:, 0], torch.tensor(values, device=self.device)
         self.choose_tokens = TokenSampler(
             settings.temperature, settings.top_k, settings.top_p, suppressed, bias, settings.sampler, generator
         )

@@ -3,7 +3,7 @@
 Legend: see sequence_perceptiondlm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class TokenSampler:
 
     Args:
         temperature, top_k, top_p, suppress_tokens: settings of `PerceptionDLMGenerationConfig`.
-        bias: of tokens by their id, its `sequence_bias`.
+        bias: its `sequence_bias`, ids and what is added to their logits, (n,) each.
         certainty: what an adaptive sampler ranks slots by, `"margin"` or `"entropy_bound"`; otherwise unused.
         generator: source of randomness, on any device.
     """
@@ -34,7 +34,7 @@ class TokenSampler:
     top_k: int | None = None
     top_p: float | None = None
     suppress_tokens: torch.Tensor | None = None
-    bias: Mapping[int, float] | None = None
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None
     certainty: str = "confidence"
     generator: torch.Generator | None = None
 
@@ -54,10 +54,10 @@ class TokenSampler:
         if self.suppress_tokens is not None and self.suppress_tokens.numel():
             logits = logits.index_fill(-1, self.suppress_tokens.to(logits.device), float("-inf"))
         probabilities = logits.softmax(dim=-1)
-        if self.bias:
-            ids, values = (torch.tensor(part, device=logits.device) for part in zip(*self.bias.items(), strict=True))
+        if self.bias is not None:
+            ids, values = self.bias
             logits = logits.index_add(-1, ids, values.to(logits).expand(len(logits), -1))
-        if self.temperature == 0 and not self.bias:
+        if self.temperature == 0 and self.bias is None:
             confidence, tokens = probabilities.max(dim=-1)
         else:
             tokens = self._draw(logits / self.temperature) if self.temperature else logits.argmax(dim=-1)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from perceptiondlm.drawn.scenes import draw_scene, scene_conversation
 from perceptiondlm.evaluation.photos.colours import COLOUR_WORDS
-from perceptiondlm.evaluation.photos.layout import COLUMNS, ROWS, SIZES
+from perceptiondlm.evaluation.photos.layout import COLUMNS, ROWS, SIZES, place_words
 from perceptiondlm.prompting_perceptiondlm import (
     CAPTION_TOKEN,
     CHAT_TEMPLATE,
@@ -59,7 +59,7 @@ def colour_texts(repeats: int = 100) -> Iterable[str]:
     """What captions of named regions say beside the name: colours, sizes and places, each word frequent enough to be
     a token of its own.
     """
-    places = " ".join(f"at the {row} {column}" for row in filter(None, ROWS) for column in filter(None, COLUMNS))
+    places = " ".join(place_words(row, column) for row in filter(None, ROWS) for column in filter(None, COLUMNS))
     sizes = " ".join(word for _, word in SIZES)
     text = f", {' and '.join(COLOUR_WORDS)}, {sizes}, {places}, in the middle"
     yield from (text for _ in range(repeats))

@@ -39,7 +39,7 @@ from perceptiondlm.evaluation.drawn_scenes import headline
 from perceptiondlm.evaluation.judges.rules import SceneJudge
 from perceptiondlm.evaluation.photos.annotations import read_pictures
 from perceptiondlm.evaluation.photos.names import NameTable
-from perceptiondlm.evaluation.photos.scoring import RegionResult, score_picture, verdict_shares
+from perceptiondlm.evaluation.photos.scoring import RegionResult, score_picture, told_right, verdict_shares
 from perceptiondlm.evaluation.runner import all_captions, caption_image
 
 
@@ -104,9 +104,8 @@ def _judged(records: Sequence[Record], annotations: Path) -> list[list[RegionRes
 
 
 def _rightness(results: Sequence[RegionResult]) -> dict[str, Any]:
-    coloured = [one.colours_right for one in results if one.colours_right is not None]
-    colours = 100 * sum(coloured) / len(coloured) if coloured else None
-    return {**verdict_shares(results), "colours_right": colours, "with_colours": len(coloured)}
+    colours, count = told_right([one.colours_right for one in results])
+    return {**verdict_shares(results), "colours_right": colours, "with_colours": count}
 
 
 def _drops(records: Sequence[Record]) -> dict[str, int]:

@@ -103,6 +103,33 @@ def test_scores_on_photographs_are_the_committed_report():
     assert stated
     shares = result["shares"]["all"]
     assert (int(stated[1]), int(stated[2])) == (round(shares["right"]), round(shares["right_or_general"]))
+    told = re.search(
+        r"Colours are right in (\S+) % .*, the word for the size in (\S+) %, the place in (\S+) %",
+        words_of("docs/embedded.md"),
+    )
+    assert told
+    for number, what in enumerate(("colours", "sizes", "places"), start=1):
+        assert float(told[number]) == pytest.approx(result[f"{what}_right"], abs=0.051), what
+
+
+def test_runs_with_guessed_regions_are_the_committed_figures():
+    runs = json.loads((RESULTS / "photos_runs.json").read_text())["runs"]
+    results = {run["run"]: run for run in runs}
+    rows = table_rows("docs/experiments.md", "**Whole runs**, on the validation photographs")
+    names = (
+        "guessed regions",
+        "guessed regions, region_norm",
+        "guessed regions, region_norm, general words suppressed",
+        "guessed regions, region_norm, 400 steps more on annotated regions",
+    )
+    for (_, _, _, both, small, *told), name in zip(rows[1:], names, strict=True):
+        run = results[name]
+        found = [*both.split(" / "), small, *filter(None, told)]
+        every = run["shares"]["all"]
+        stated = [every["right"], every["right_or_general"], run["shares"]["things below 0.3 %"]["right"]]
+        stated += [run[f"{what}_right"] for what in ("colours", "sizes", "places")]
+        for cell, value in zip(found, stated, strict=False):
+            assert float(cell) == pytest.approx(value, abs=0.051), name
 
 
 def test_judging_times_are_the_slowest_of_the_committed_rounds():

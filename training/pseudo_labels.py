@@ -16,7 +16,7 @@ Legend: R regions, F features, K kinds, C classes of ImageNet.
 import argparse
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from perceptiondlm.checkpoints.vision_towers import ClassHead
 from perceptiondlm.common.json_files import write_json
 from perceptiondlm.evaluation.photos.annotations import NamedPicture, read_pictures
 from perceptiondlm.evaluation.photos.benchmark import encoded
-from perceptiondlm.evaluation.photos.linear import pooled
+from perceptiondlm.evaluation.photos.linear import DROPOUT, descend, pooled
 from perceptiondlm.evaluation.photos.names import CategoryNames, NameTable
 from perceptiondlm.region_features_perceptiondlm import bin_shares, roi_align_each
 from perceptiondlm.training.config import RunConfig, load_run_config
@@ -42,7 +42,7 @@ from perceptiondlm.training.start import build_model
 from perceptiondlm.training.tower_features import reuse_features
 
 
-STEPS, RATE, WEIGHT_DECAY, DROPOUT = 200, 3e-3, 0.05, 0.5
+STEPS = 200  # of fitting the teacher
 FOLDS = 4  # of the annotated pictures, to measure the teacher and bring its chances to the truth
 WHOLE_WEIGHT = 0.3  # of a picture named as a whole beside an annotated region
 PRIOR_WEIGHT = 0.4  # of the chances of ImageNet's classes, where it starts
@@ -111,26 +111,27 @@ class Eyes:
         """Maps (R, h, w, channels), fp32, of the tower's last stage for pictures of regions."""
         found: list[torch.Tensor] = []
         tower = self.model.vision_tower
+        kept = tower.forward
         hook = tower.stages[-1].register_forward_hook(lambda *call: found.append(call[-1]))
         try:
             self.model.tile_features(crops_R3cc)
             if sum(map(len, found)) != len(crops_R3cc):  # some were seen before: of those features are kept, not maps
                 found.clear()
-                kept, tower.forward = tower.forward, self.compute
+                tower.forward = self.compute
                 self.model.tile_features(crops_R3cc)
-                tower.forward = kept
         finally:
+            tower.forward = kept
             hook.remove()
         return torch.cat(found).permute(0, 2, 3, 1).float().contiguous()
 
-    def examples(self, pictures: Iterable[tuple[Image.Image, np.ndarray]], total: int, said: str) -> Examples:
-        """Those of many pictures, each with its masks (R, H, W)."""
+    def examples(self, pictures: Sequence[NamedPicture], said: str) -> Examples:
+        """The regions of pictures."""
         features, classes, numbers = [], [], []
-        for number, (image, masks) in enumerate(tqdm(pictures, total=total, desc=said, disable=None)):
-            found_RF, found_RC = self.look(image, masks)
+        for number, picture in enumerate(tqdm(pictures, desc=said, disable=None)):
+            found_RF, found_RC = self.look(*picture.read())
             features.append(found_RF)
             classes.append(found_RC)
-            numbers += [number] * len(masks)
+            numbers += [number] * len(found_RF)
         return Examples(torch.cat(features), torch.cat(classes), torch.tensor(numbers))
 
 
@@ -172,18 +173,16 @@ def fit(
     mean_F, spread_F = regions.features_RF.mean(dim=0), regions.features_RF.std(dim=0).clamp(min=1e-6)
     teacher = Teacher(num_kinds, kind_of_class, mean_F, spread_F).train()
     groups = [
-        {"params": teacher.linear.parameters(), "weight_decay": WEIGHT_DECAY},
+        {"params": teacher.linear.parameters()},
         {"params": [teacher.prior_weight], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    for _ in tqdm(range(STEPS), desc="fitting the teacher", leave=False, disable=None):
-        optimizer.zero_grad()
+
+    def loss() -> torch.Tensor:
         own = F.cross_entropy(teacher(regions), kinds_R, reduction="sum")
         others = F.cross_entropy(teacher(whole), kind_of_class, reduction="sum")
-        ((own + WHOLE_WEIGHT * others) / (len(kinds_R) + WHOLE_WEIGHT * len(kind_of_class))).backward()
-        optimizer.step()
-        schedule.step()
+        return (own + WHOLE_WEIGHT * others) / (len(kinds_R) + WHOLE_WEIGHT * len(kind_of_class))
+
+    descend(groups, loss, STEPS)
     return teacher
 
 
@@ -266,8 +265,28 @@ class Settings:
     seed: int = 0
 
 
+def taught(
+    eyes: Eyes, annotated: Sequence[NamedPicture], named: Sequence[NamedPicture], table: NameTable
+) -> tuple[Teacher, list[CategoryNames]]:
+    """A teacher and the kinds that it tells apart; says how good it is."""
+    entries = [words_of(region, table) for picture in (*annotated, *named) for region in picture.regions]
+    by_name = {entry.name: entry for entry in entries[::-1]}
+    places = {name: place for place, name in enumerate(by_name)}
+    numbers = torch.tensor([places[entry.name] for entry in entries])
+    kinds_R, kind_of_class = numbers[: -len(named)], numbers[-len(named) :]
+    regions = eyes.examples(annotated, "looking at regions")
+    whole = eyes.examples(named, "looking at named pictures")
+    share, sharpness = cross_fitted(regions, kinds_R, whole, kind_of_class, len(by_name))
+    print(
+        f"the teacher names {100 * share:.1f} % of regions right in pictures it has not seen; sharpness {sharpness:.2f}"
+    )
+    teacher = fit(regions, kinds_R, whole, kind_of_class, len(by_name))
+    teacher.sharpness = sharpness
+    return teacher, list(by_name.values())
+
+
 def guessed_records(eyes: Eyes, settings: Settings, out: Path) -> Iterator[dict[str, Any]]:
-    """Records of a region JSON at `out`, a picture each; says how good the teacher is.
+    """Records of a region JSON at `out`, a picture each.
 
     Raises:
         ValueError: where the named pictures are not one for each of ImageNet's classes.
@@ -279,21 +298,9 @@ def guessed_records(eyes: Eyes, settings: Settings, out: Path) -> Iterator[dict[
             "whole for each of ImageNet's classes, in their order"
         )
     table = NameTable.coco()
-    entries = [words_of(region, table) for picture in (*annotated, *named) for region in picture.regions]
-    by_name = {entry.name: entry for entry in entries[::-1]}
-    kinds = list(by_name.values())
-    numbers = torch.tensor([list(by_name).index(entry.name) for entry in entries])
-    kinds_R, kind_of_class = numbers[: -len(named)], numbers[-len(named) :]
-    regions = eyes.examples(opened(annotated), len(annotated), "looking at regions")
-    whole = eyes.examples(opened(named), len(named), "looking at named pictures")
     torch.manual_seed(settings.seed)
-    share, sharpness = cross_fitted(regions, kinds_R, whole, kind_of_class, len(kinds))
-    print(
-        f"the teacher names {100 * share:.1f} % of regions right in pictures it has not seen; sharpness {sharpness:.2f}"
-    )
-    teacher = fit(regions, kinds_R, whole, kind_of_class, len(kinds))
-    teacher.sharpness = sharpness
-    outlines = Outlines([mask for _, masks in opened(annotated) for mask in masks])
+    teacher, kinds = taught(eyes, annotated, named, table)
+    outlines = Outlines([mask for picture in annotated for mask in picture.read()[1]])
     dice = random.Random(settings.seed)
     counts = [settings.per_region_picture] * len(annotated) + [settings.per_picture] * len(named)
     pairs = list(zip((*annotated, *named), counts, strict=True))
@@ -313,13 +320,6 @@ def guessed_records(eyes: Eyes, settings: Settings, out: Path) -> Iterator[dict[
                 for mask, chances_K in zip(masks, chances_RK, strict=True)
             ],
         }
-
-
-def opened(pictures: Sequence[NamedPicture]) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Every picture with the masks (R, H, W) of its regions."""
-    for picture in pictures:
-        image = picture.open()
-        yield image, picture.masks((image.height, image.width))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,8 +48,7 @@ class CocoSource(Source):
 
     def read(self, key: int) -> Record:
         picture = self._pictures[key]
-        image = picture.open()
-        masks = picture.masks((image.height, image.width))
+        image, masks = picture.read()
         regions = tuple(
             region_of(str(number), mask, region.category)
             for number, (region, mask) in enumerate(zip(picture.regions, masks, strict=True))

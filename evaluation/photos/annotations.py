@@ -70,6 +70,11 @@ class NamedPicture:
         """The picture in RGB; raises as `load_image` does, and ValueError where its size is not the annotated one."""
         return self.checked(load_image(self.path, name=str(self.path)))
 
+    def read(self) -> tuple[Image.Image, np.ndarray]:
+        """The picture in RGB and the masks (N, H, W) of all regions; raises as `open` and `masks` do."""
+        image = self.open()
+        return image, self.masks((image.height, image.width))
+
     def checked(self, image: Image.Image) -> Image.Image:
         """The opened picture; ValueError where its size is not the annotated one."""
         if self.size is not None and (image.height, image.width) != self.size:
@@ -141,6 +146,8 @@ def _own_region(region: Mapping, place: str) -> NamedRegion:
 
 
 def _guessed_region(region: Mapping, place: str) -> NamedRegion:
+    if "segmentation" not in region:
+        raise ValueError(f"{place} has {sorted(region)}; needed: segmentation")
     guesses = []
     for number, guess in enumerate(region["guesses"]):
         chance = guess.get("chance") if isinstance(guess, Mapping) else None
@@ -148,8 +155,6 @@ def _guessed_region(region: Mapping, place: str) -> NamedRegion:
             raise ValueError(f"{place}, guess {number} has the chance {chance!r}; accepted: a number in (0, 1]")
         guesses.append((_own_region({"segmentation": None, **guess}, f"{place}, guess {number}"), float(chance)))
     likeliest = max(guesses, key=lambda guess: guess[1])[0]
-    if "segmentation" not in region:
-        raise ValueError(f"{place} has {sorted(region)}; needed: segmentation")
     return replace(likeliest, mask=region["segmentation"], guesses=tuple(guesses))
 
 

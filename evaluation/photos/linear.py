@@ -8,7 +8,7 @@ being learned by heart.
 Legend: R regions, C channels of the tower, F features of a region, K categories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,19 @@ def fit(features_RF: torch.Tensor, targets_R: torch.Tensor, num_kinds: int) -> n
     """The classifier: AdamW on all regions at once, `STEPS` steps, the rate falling to zero."""
     layer = nn.Linear(features_RF.shape[1], num_kinds)
     nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    for _ in range(STEPS):
+    descend(layer.parameters(), lambda: F.cross_entropy(layer(F.dropout(features_RF, DROPOUT)), targets_R), STEPS)
+    return layer
+
+
+def descend(parameters: Any, loss: Callable[[], torch.Tensor], steps: int) -> None:
+    """Bring a loss down: AdamW on parameters, or groups of them, the rate falling to zero."""
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in tqdm(range(steps), desc="fitting the classifier", leave=False, disable=None):
         optimizer.zero_grad()
-        F.cross_entropy(layer(F.dropout(features_RF, DROPOUT)), targets_R).backward()
+        loss().backward()
         optimizer.step()
         schedule.step()
-    return layer
 
 
 @torch.no_grad()
@@ -78,8 +83,8 @@ def region_features(model: Any, processor: Any, pictures: Sequence[NamedPicture]
     """Features (R, F) of all regions, fp32 on the CPU."""
     found = []
     for picture in tqdm(pictures, desc="features of regions", disable=None):
-        image = picture.open()
-        inputs = processor(images=image, masks=picture.masks((image.height, image.width))).to(model.device)
+        image, masks = picture.read()
+        inputs = processor(images=image, masks=masks).to(model.device)
         found.append(pooled(model, inputs))
     return torch.cat(found)
 

@@ -82,8 +82,8 @@ def _images(results: Sequence[RegionResult], pictures: Sequence[NamedPicture]) -
 
 def _data_url(picture: NamedPicture) -> str:
     """The picture with its numbered regions."""
-    image = picture.open()
-    masks, small = picture.masks((image.height, image.width)), ImageOps.contain(image, (PICTURE_SIDE, PICTURE_SIDE))
+    image, masks = picture.read()
+    small = ImageOps.contain(image, (PICTURE_SIDE, PICTURE_SIDE))
     shares = [np.asarray(Image.fromarray(m.astype(np.float32)).resize(small.size, Image.Resampling.BOX)) for m in masks]
     buffer = io.BytesIO()
     draw_regions(small, [share >= min(0.5, share.max()) for share in shares]).save(buffer, "JPEG", quality=82)

@@ -66,8 +66,8 @@ def score_picture(
     table: NameTable,
 ) -> list[RegionResult]:
     """Judge the captions of one picture's regions; a caption that is missing is an empty one."""
-    image = picture.open()
-    pixels, masks = np.asarray(image), picture.masks((image.height, image.width))
+    image, masks = picture.read()
+    pixels = np.asarray(image)
     results = []
     for region, region_id, mask in zip(picture.regions, region_ids, masks, strict=True):
         caption = captions.get(region_id, "")
@@ -125,18 +125,24 @@ def summarize(results: Sequence[RegionResult]) -> dict[str, Any]:
     tests["things below 0.3 %"] = lambda one: one.isthing and one.share < SIZE_LIMITS[0][1]
     rows = {name: verdict_shares([one for one in results if test(one)]) for name, test in tests.items()}
     told = {
-        "colours": [one.colours_right for one in results if one.colours_right is not None],
-        "sizes": [one.size_right for one in results if one.size_right is not None],
-        "places": [one.place_right for one in results if one.place_right is not None],
+        "colours": told_right([one.colours_right for one in results]),
+        "sizes": told_right([one.size_right for one in results]),
+        "places": told_right([one.place_right for one in results]),
     }
     return {
         "num_regions": len(results),
         "num_pictures": len(set(map(_picture, results))),
         "shares": rows,
-        **{f"{what}_right": 100 * sum(true) / len(true) if true else None for what, true in told.items()},
-        **{f"captions_with_{what}": 100 * len(true) / len(results) for what, true in told.items()},
+        **{f"{what}_right": right for what, (right, _) in told.items()},
+        **{f"captions_with_{what}": 100 * count / len(results) for what, (_, count) in told.items()},
         "calibration": calibration(results),
     }
+
+
+def told_right(verdicts: Sequence[bool | None]) -> tuple[float | None, int]:
+    """Percent of verdicts that are true, None without any, and how many there are; None is no verdict."""
+    given = [verdict for verdict in verdicts if verdict is not None]
+    return (100 * sum(given) / len(given) if given else None), len(given)
 
 
 def _between(low: float, limit: float, one: RegionResult) -> bool:

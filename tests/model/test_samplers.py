@@ -113,9 +113,10 @@ def test_a_bias_changes_which_token_is_chosen_and_not_its_probability(replay, ba
     everywhere = generate(replay, batch, sequence_bias=[[[word], 1000.0]])
     assert (everywhere.sequences == word).all()
     logits = torch.tensor([[0.0, 1.0, 0.9]])
-    tokens, confidence, _ = TokenSampler(bias={2: 0.2})(logits)
+    tokens, confidence, _ = TokenSampler(bias=(torch.tensor([2]), torch.tensor([0.2])))(logits)
     assert tokens.tolist() == [2]
     torch.testing.assert_close(confidence, logits.softmax(dim=-1)[:, 2])
-    sampler = TokenSampler(1.0, bias={0: 2.0}, generator=torch.Generator().manual_seed(0))
+    bias = torch.tensor([0]), torch.tensor([2.0])
+    sampler = TokenSampler(1.0, bias=bias, generator=torch.Generator().manual_seed(0))
     drawn = torch.bincount(sampler(logits.expand(20_000, 3))[0], minlength=3) / 20_000
     torch.testing.assert_close(drawn, (logits[0] + torch.tensor([2.0, 0, 0])).softmax(dim=0), atol=0.015, rtol=0)
