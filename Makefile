@@ -55,7 +55,8 @@ default: $(INSTALLED)
 
 drawn: $(INSTALLED)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml
-	for file in $(MODEL_FILES); do cp outputs/scenes/final/$$file drawn/model/; done
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes_focal.yaml
+	for file in $(MODEL_FILES); do cp outputs/scenes_focal/final/$$file drawn/model/; done
 
 clean:
 	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache

@@ -98,8 +98,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
             of the colours under the mask.
         region_pooling (`bool`, defaults to `False`): under `"replay"`, whether RoI tokens also carry the mean of the
             region's features under its mask, which stands in for the features of bins that the mask does not touch.
-        region_norm (`bool`, defaults to `False`): under `"replay"`, whether the image features of RoI tokens, crops and
-            means among them, are brought to unit mean square before coverage, colours and box are added.
+        region_gain (`float`, defaults to 1.0): under `"replay"`, factor on what mask, box and colours add to the image
+            features of RoI tokens; features of a tower of many channels drown them otherwise.
         image_in_prompt (`bool`, defaults to `True`): whether the language model reads the image's tokens. Without them,
             under `"replay"` only, an image reaches it through regions alone, one placeholder stands for it in the
             prompt, and more tiles cost no tokens.
@@ -139,7 +139,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     region_crop_size: int = 0
     region_appearance: bool = False
     region_pooling: bool = False
-    region_norm: bool = False
+    region_gain: float = 1.0
     image_in_prompt: bool = True
     text_only: bool = False
     roi_variant: str = "aligned"
@@ -194,9 +194,11 @@ class PerceptionDLMConfig(PreTrainedConfig):
         step = self.vision_config.patch_size * self.pixel_unshuffle
         if self.region_crop_size < 0 or self.region_crop_size % step:
             raise ValueError(f"region_crop_size must be 0 or a multiple of {step} px, got {self.region_crop_size}")
-        for name in ("region_crop_size", "region_appearance", "region_pooling", "region_norm"):
+        for name in ("region_crop_size", "region_appearance", "region_pooling"):
             if getattr(self, name) and self.region_conditioning != "replay":
                 raise ValueError(f"{name} needs region_conditioning='replay', got {self.region_conditioning!r}")
+        if self.region_gain <= 0:
+            raise ValueError(f"region_gain must be above 0, got {self.region_gain}")
         if not self.image_in_prompt and self.region_conditioning != "replay":
             raise ValueError(
                 f"image_in_prompt=False needs region_conditioning='replay', got {self.region_conditioning!r}: regions "
@@ -230,7 +232,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     @property
     def focuses_regions(self) -> bool:
         """Whether regions add to their RoI features what `FocalReplay` makes of them."""
-        return bool(self.region_crop_size or self.region_appearance or self.region_pooling or self.region_norm)
+        return bool(self.region_crop_size or self.region_appearance or self.region_pooling)
 
     @property
     def layout(self) -> FullLayout:

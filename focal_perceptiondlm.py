@@ -6,9 +6,7 @@ RoI-Align of the region's box *inside its crop* gives as many features as that o
 projection of the one is added to the other: no token more, and a region still sees what it would see alone. A region
 above a share of its image skips its crop, since the image shows it as large. Appearance is what features of a deep
 tower lose: mean and spread of the colours under the mask in each bin. Pooling adds the mean of the region's features
-under its mask, which also stands where the mask leaves a bin empty: what lies there is not the region. With
-`region_norm` the sum of these features is brought to unit mean square: features of a tower of many channels drown what
-else a token says, its place above all.
+under its mask, which also stands where the mask leaves a bin empty: what lies there is not the region.
 
 Legend: R regions, Q regions with a crop, S bins per RoI side, b = S² bins, c crop side in pixels, n image tokens per
 crop side, D language width, N boxes of an image, H x W pixels of a picture.
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 from .coverage_perceptiondlm import Region
 from .images_perceptiondlm import load_image
@@ -149,7 +146,7 @@ class FocalReplay(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         width, crops = config.text_config.hidden_size, bool(config.region_crop_size)
-        self.norm = config.region_norm
+        self.gain = config.region_gain
         self.crop_proj = nn.Linear(width, width) if crops else None
         self.appearance_proj = nn.Linear(APPEARANCE_CHANNELS, width) if config.region_appearance else None
         self.pooled_proj = nn.Linear(width, width) if config.region_pooling else None
@@ -181,10 +178,8 @@ class FocalReplay(nn.Module):
             added_QbD = self.crop_proj(crop_features_QbD)
             added_QbD = added_QbD if pooled_Q1D is None else added_QbD + pooled_Q1D
             features_RbD = features_RbD.index_add(0, cropped_Q, added_QbD.to(features_RbD.dtype))
-        if self.norm:
-            features_RbD = F.rms_norm(features_RbD, features_RbD.shape[-1:])
         if self.appearance_proj is not None and appearance_Rb6 is not None:
-            features_RbD = features_RbD + self.appearance_proj(appearance_Rb6.to(features_RbD.dtype))
+            features_RbD = features_RbD + self.gain * self.appearance_proj(appearance_Rb6.to(features_RbD.dtype))
         return features_RbD
 
 

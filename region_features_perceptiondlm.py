@@ -81,6 +81,7 @@ class RegionReplay(nn.Module):
         self.bins = config.roi_size
         self.conditioned = config.region_conditioning == "replay"
         self.geometry = self.conditioned and config.region_geometry
+        self.gain = config.region_gain
         width = config.text_config.hidden_size
         if self.conditioned:
             self.coverage_proj = nn.Linear(config.coverage_subsamples**2, width)
@@ -96,7 +97,7 @@ class RegionReplay(nn.Module):
         dtype, cells = features.dtype, coverage.shape[-1] // self.bins
         bin_cells = F.unfold(coverage[:, None].to(dtype), cells, stride=cells).transpose(1, 2)  # (R, bins², cells²)
         places = torch.arange(self.bins**2, device=features.device)
-        tokens = features + self.coverage_proj(bin_cells) + self.bin_embedding(places)
+        tokens = features + self.gain * self.coverage_proj(bin_cells) + self.bin_embedding(places)
         if self.geometry:
-            tokens = tokens + self.geometry_proj(geometry_R6.to(dtype))[:, None]
+            tokens = tokens + self.gain * self.geometry_proj(geometry_R6.to(dtype))[:, None]
         return tokens

@@ -15,6 +15,7 @@ from perceptiondlm.focal_perceptiondlm import (
     grown_boxes,
     mask_appearance,
 )
+from perceptiondlm.region_features_perceptiondlm import RegionReplay
 
 
 SIZE = (480, 640)
@@ -81,8 +82,9 @@ def test_appearance_tells_stripes_from_their_mean():
 
 
 def focal_config(**switches):
-    off = {"region_crop_size": 0, "region_appearance": False, "region_pooling": False, "region_norm": False}
-    return SimpleNamespace(text_config=SimpleNamespace(hidden_size=8), **{**off, **switches})
+    off = {"region_crop_size": 0, "region_appearance": False, "region_pooling": False, "region_gain": 1.0}
+    replay = {"roi_size": 2, "coverage_subsamples": 2, "region_conditioning": "replay", "region_geometry": True}
+    return SimpleNamespace(text_config=SimpleNamespace(hidden_size=8), **{**replay, **off, **switches})
 
 
 def test_the_mean_under_the_mask_stands_where_the_mask_does_not():
@@ -92,21 +94,21 @@ def test_the_mean_under_the_mask_stands_where_the_mask_does_not():
     torch.testing.assert_close(filled[0], torch.tensor([[1.0, 2.0], [3.0, 6.0], [1.5, 3.0], [1.5, 3.0]]))
 
 
-def test_the_norm_leaves_what_else_tokens_say_audible_whatever_the_scale_of_the_features():
-    """Ten thousand times larger features say the same, and do not drown colours, which are added behind them."""
-    module = FocalReplay(
-        focal_config(region_crop_size=64, region_pooling=True, region_appearance=True, region_norm=True)
-    )
-    features, colours = torch.randn(2, 4, 8), torch.rand(2, 4, 6)
-    cropped, covered = torch.tensor([1]), torch.rand(2, 4)
-    for layer in (module.crop_proj, module.pooled_proj, module.pooled_crop_proj):
-        layer.bias.data.zero_()
-    found = [
-        module(scale * features, scale * features[cropped], cropped, colours, covered) for scale in (1.0, 10_000.0)
-    ]
-    torch.testing.assert_close(*found)
-    plain = found[0] - module.appearance_proj(colours)
-    torch.testing.assert_close(plain.pow(2).mean(dim=-1), torch.ones(2, 4))
+def test_a_gain_makes_box_mask_and_colours_louder_and_nothing_else():
+    features, colours, geometry, coverage = (
+        torch.randn(2, 4, 8), torch.rand(2, 4, 6), torch.rand(2, 6), torch.rand(2, 4, 4)
+    )  # fmt: skip
+    plain, loud = (focal_config(region_appearance=True, region_gain=gain) for gain in (1.0, 5.0))
+    for kind, rest in ((FocalReplay, (None, None, colours)), (RegionReplay, (coverage, geometry))):
+        quiet = kind(plain)
+        louder = kind(loud)
+        louder.load_state_dict(quiet.state_dict())
+        for module in (quiet, louder):  # what is said of a region alone, without its constant part
+            for name, layer in module.named_children():
+                if name.endswith("_proj"):
+                    layer.bias.data.zero_()
+        silent = quiet(features, *(None if said is None else torch.zeros_like(said) for said in rest))
+        torch.testing.assert_close(louder(features, *rest) - silent, 5 * (quiet(features, *rest) - silent))
 
 
 def test_pooling_hides_what_lies_beside_the_mask():

@@ -24,7 +24,7 @@ CONV = {
     "stages": [[1, 3, 1, 1, 8], [1, 3, 2, 2, 8], [1, 5, 2, 2, 16]],
     "feature_stages": [0, 1, 2],
 }
-FOCAL = {"region_crop_size": 48, "region_appearance": True, "region_pooling": True, "region_norm": True}
+FOCAL = {"region_crop_size": 48, "region_appearance": True, "region_pooling": True, "region_gain": 3.0}
 
 
 @pytest.fixture(scope="module", params=["siglip", "conv", "regions_alone"])

@@ -70,6 +70,19 @@ def test_the_same_seed_gives_the_same_sample_and_another_epoch_another(annotated
     assert len(sizes) > 3
 
 
+def test_few_variants_of_a_picture_come_again_the_picture_itself_among_them(annotated):
+    """What a frozen tower has seen of a picture is found again in later epochs."""
+    one = source(annotated, variants=3)
+
+    def seen(epochs):
+        return {one.sample(0, unit, f"{epoch}/set/0")["image"].tobytes() for epoch in epochs for unit in range(2)}
+
+    first = seen(range(60))
+    assert len(first) >= 3
+    assert Image.open(annotated.parent / "a.png").tobytes() in first
+    assert seen(range(60, 100)) <= first
+
+
 def test_places_follow_the_mirrored_and_cut_picture(annotated):
     """The red cat stands where the caption says, however the picture was turned."""
     one = source(annotated, general_share=0.0)
@@ -79,7 +92,7 @@ def test_places_follow_the_mirrored_and_cut_picture(annotated):
             assert caption.endswith(place(mask))
             inside = np.asarray(sample["image"])[mask]
             red = (inside[:, 0] > 150).mean()
-            assert (red > 0.99) == caption.startswith("a cat"), caption
+            assert (red > 0.9) == caption.startswith("a cat"), caption
 
 
 def test_a_cut_keeps_regions_whole_enough():
@@ -89,7 +102,17 @@ def test_a_cut_keeps_regions_whole_enough():
     for seed in range(50):
         cut, kept_masks, kept = cut_out(image, masks, random.Random(seed))
         assert kept_masks.shape == (len(kept), cut.height, cut.width)
-        assert all(mask.sum() >= 0.7 * masks[i].sum() for mask, i in zip(kept_masks, kept, strict=True))
+        least = 0.7 * 0.74**2  # squeezed to three quarters of either side, three tenths cut away
+        assert all(mask.sum() >= least * masks[i].sum() for mask, i in zip(kept_masks, kept, strict=True))
+
+
+def test_no_region_vanishes_in_a_squeeze():
+    masks = np.zeros((1, 40, 40), bool)
+    masks[0, 1, 1] = True
+    for seed in range(50):
+        _, kept_masks, kept = cut_out(Image.new("RGB", (40, 40)), masks, random.Random(seed))
+        assert kept == [0]
+        assert kept_masks.any()
 
 
 def test_a_picture_named_as_a_whole_says_no_more_than_its_name():
@@ -126,6 +149,12 @@ def test_a_wrong_region_costs_that_region_alone(annotated, tiny_model, tiny_proc
 def test_a_share_outside_its_range_is_refused(share):
     with pytest.raises(ValueError, match="general_share"):
         SourceConfig("named_regions", path="x", general_share=share)
+
+
+@pytest.mark.parametrize("wrong", [{"variants": 0}, {"variants": 4, "augment": False}])
+def test_variants_need_a_number_and_augmentation(wrong):
+    with pytest.raises(ValueError, match="variants"):
+        SourceConfig("named_regions", path="x", **wrong)
 
 
 def test_a_path_is_needed():

@@ -43,6 +43,8 @@ class SourceConfig:
         general_share: share of `named_regions` captioned with a word more general than their name, in [0, 1): the more,
             the surer the model must be to say a name.
         augment: whether `named_regions` are mirrored and cut out of their picture at random.
+        variants: of a picture that `augment` makes in all, the first the picture as it is: with a few, a frozen tower's
+            features of them can be kept (`train.tower_features`). Default: new ones in every epoch.
 
     Raises:
         ValueError: naming the setting, its value and what is accepted.
@@ -61,6 +63,7 @@ class SourceConfig:
     conversation_share: float = 0.0
     general_share: float = 0.25
     augment: bool = True
+    variants: int | None = None
 
     def __post_init__(self):
         _check_choice("sources.kind", self.kind, SOURCE_KINDS)
@@ -71,6 +74,8 @@ class SourceConfig:
             raise ValueError(f"sources.conversation_share must be in [0, 1], got {self.conversation_share}")
         if not 0 <= self.general_share < 1:
             raise ValueError(f"sources.general_share must be in [0, 1), got {self.general_share}")
+        if self.variants is not None and (self.variants < 1 or not self.augment):
+            raise ValueError(f"sources.variants must be at least 1 and needs augment, got {self.variants}")
         given = " and ".join(name for name in ("path", "hub") if getattr(self, name) is not None)
         on_disk = {"conversations": ("path", "hub"), "regions": ("path",), "named_regions": ("path",)}
         accepted = on_disk.get(self.kind, ("",))

@@ -22,6 +22,7 @@ from perceptiondlm.training.data.true_captions import drawn_name, true_caption, 
 
 
 SMALLEST_WINDOW = 0.5  # side of a random cut-out, as a share of the picture's
+LEAST_SQUEEZE = 0.75  # of a side of the picture, which other proportions make
 KEPT_SHARE = 0.7  # of a region's pixels that a cut-out must hold for the region to stay
 
 
@@ -75,13 +76,20 @@ class NamedRegionSource(Source):
         names = [self.namings[record][i].drawn(random.Random(f"name/{seed}/{record}/{i}")) for i in group]
         masks = self._masks(record, image, group)
         if self.config.augment:
-            image, masks, kept = cut_out(image, masks, random.Random(f"cut/{seed}/{unit}"))
+            image, masks, kept = cut_out(image, masks, self._dice(record, unit, seed))
             names = [names[i] for i in kept]
         captions = [
             self._caption(entry, image, mask, self.config.general_share, seed, record)
             for entry, mask in zip(names, masks, strict=True)
         ]
         return {"image": image, "masks": list(masks), "captions": captions}
+
+    def _dice(self, record: int, unit: int, seed: str) -> random.Random | None:
+        """What decides how a sample's picture is mirrored and cut; None for the picture as it is."""
+        if self.config.variants is None:
+            return random.Random(f"cut/{seed}/{unit}")
+        variant = random.Random(f"variant/{seed}/{record}/{unit}").randrange(self.config.variants)
+        return random.Random(f"cut/{record}/{variant}") if variant else None
 
     def _caption(self, names: CategoryNames, image, mask: np.ndarray, share: float, seed: str, record: int) -> str:
         region = CroppedRegion.of_mask(mask)
@@ -167,16 +175,21 @@ def caption_names(sources: Iterable[SourceConfig]) -> list[str]:
 
 
 def cut_out(
-    image: Image.Image, masks_NHW: np.ndarray, dice: random.Random
+    image: Image.Image, masks_NHW: np.ndarray, dice: random.Random | None
 ) -> tuple[Image.Image, np.ndarray, list[int]]:
-    """A picture mirrored in half of the cases and cut at random, with the masks that stay whole enough.
+    """A picture mirrored in half of the cases, squeezed and cut at random, with the masks that stay whole enough.
 
+    Args:
+        dice: decides; None leaves everything as it is.
     Returns:
         the picture, bool masks (K, h, w) and the indices of the K >= 1 regions kept. Where a cut would lose every
         region the picture stays whole.
     """
+    if dice is None:
+        return image, masks_NHW, list(range(len(masks_NHW)))
     if dice.random() < 0.5:
         image, masks_NHW = ImageOps.mirror(image), masks_NHW[:, :, ::-1]
+    image, masks_NHW = squeezed(image, masks_NHW, dice)
     (width, height), side = image.size, dice.uniform(SMALLEST_WINDOW, 1.0)
     w, h = max(1, round(side * width)), max(1, round(side * height))
     x, y = dice.randint(0, width - w), dice.randint(0, height - h)
@@ -186,3 +199,13 @@ def cut_out(
     if not kept:
         return image, np.ascontiguousarray(masks_NHW), list(range(len(masks_NHW)))
     return image.crop((x, y, x + w, y + h)), np.ascontiguousarray(inside_NHW[kept]), kept
+
+
+def squeezed(image: Image.Image, masks_NHW: np.ndarray, dice: random.Random) -> tuple[Image.Image, np.ndarray]:
+    """A picture with its masks in other proportions and a little smaller; as it is where a region would vanish."""
+    width, height = (max(1, round(dice.uniform(LEAST_SQUEEZE, 1.0) * side)) for side in image.size)
+    rows, columns = (np.arange(new) * old // new for new, old in zip((height, width), masks_NHW.shape[1:], strict=True))
+    smaller_NHW = masks_NHW[:, rows][:, :, columns]
+    if not smaller_NHW.any(axis=(1, 2)).all():
+        return image, masks_NHW
+    return image.resize((width, height), Image.Resampling.BICUBIC), smaller_NHW
