@@ -236,12 +236,13 @@ def inputs_of(pipe, scene, **keywords):
 
 
 def test_confirmed_drafts_save_passes(drawn):
-    """Over a few scenes, since an easy one takes few passes in any case."""
+    """Over a few scenes, and at a threshold at which they take more than the two passes that confirm a draft."""
+    careful = {"preset": "fast", "threshold": 0.99}
     passes, same = {"masks": 0, "draft": 0}, []
     for index in range(4):
         inputs = inputs_of(drawn, draw_scene(500, index))
-        plain = drawn.model.generate(**inputs, preset="fast")
-        again = drawn.model.generate(**inputs, preset="fast", draft=plain.sequences)
+        plain = drawn.model.generate(**inputs, **careful)
+        again = drawn.model.generate(**inputs, **careful, draft=plain.sequences)
         passes["masks"] += plain.num_forward_passes
         passes["draft"] += again.num_forward_passes
         same += (again.sequences == plain.sequences).all(dim=1).tolist()
