@@ -29,3 +29,10 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def report_json(content: Any, path: Path | None) -> None:
+    """Print a result as one line of JSON, and write it to a file where one is wanted."""
+    print(json.dumps(content))
+    if path:
+        write_json(path, content)

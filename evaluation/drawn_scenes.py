@@ -58,8 +58,7 @@ def scenes_report(scenes: Sequence[Scene], images: Mapping[str, CaptionedImage])
         region: item.caption for scene in scenes for region, item in zip(scene.region_ids, scene.objects, strict=True)
     }
 
-    questions = {k: v for scene in scenes for k, v in scene_questions(scene).items()}
-    class_names = {k: v for scene in scenes for k, v in scene_class_names(scene).items()}
+    questions, class_names = asked_of(scenes)
 
     def score(texts: dict[str, str]) -> BenchmarkScore:
         return score_captions(texts, questions, class_names, SceneJudge())
@@ -84,6 +83,13 @@ def scenes_report(scenes: Sequence[Scene], images: Mapping[str, CaptionedImage])
         },
         "captions": [{"region": k, "caption": captions[k], "reference": references[k]} for k in references],
     }
+
+
+def asked_of(scenes: Sequence[Scene]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """The questions and the class name of every region of scenes, by region id."""
+    questions = {region: asked for scene in scenes for region, asked in scene_questions(scene).items()}
+    class_names = {region: name for scene in scenes for region, name in scene_class_names(scene).items()}
+    return questions, class_names
 
 
 def headline(score: BenchmarkScore) -> dict[str, float]:

@@ -8,7 +8,6 @@ regions and for those of each range of sizes. The last line is JSON.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from perceptiondlm.common.environment import environment
-from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.json_files import report_json
 from perceptiondlm.common.loading import DRAWN_MODEL, from_checkpoint
-from perceptiondlm.drawn.scenes import Scene, draw_scene, scene_class_names, scene_questions
-from perceptiondlm.evaluation.drawn_scenes import caption_scenes, headline
+from perceptiondlm.drawn.scenes import Scene, draw_scene
+from perceptiondlm.evaluation.drawn_scenes import asked_of, caption_scenes, headline
 from perceptiondlm.evaluation.judges.rules import SceneJudge
 from perceptiondlm.evaluation.runner import all_captions, speed
 from perceptiondlm.evaluation.scoring import score_captions
@@ -47,8 +46,7 @@ def scored(model: Any, processor: Any, scenes: Sequence[Scene], progress: bool =
     with torch.inference_mode():
         images = caption_scenes(model.eval(), processor, scenes, progress)
     captions = all_captions(images)
-    questions = {region: asked for scene in scenes for region, asked in scene_questions(scene).items()}
-    class_names = {region: name for scene in scenes for region, name in scene_class_names(scene).items()}
+    questions, class_names = asked_of(scenes)
     sizes = {}
     for name, regions in ranges(scenes).items():
         score = score_captions(
@@ -83,9 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         model, processor = from_checkpoint(AutoModel, place), from_checkpoint(AutoProcessor, place)
         result["systems"][name] = scored(model, processor, scenes, progress=True)
     result["environment"] = environment()
-    print(json.dumps(result))
-    if options.json:
-        write_json(options.json, result)
+    report_json(result, options.json)
     return result
 
 

@@ -8,7 +8,6 @@ Drawn scenes, or the things of photos that cover 0.2 % of them at least, from a 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from perceptiondlm.common.environment import environment
-from perceptiondlm.common.json_files import read_json, write_json
+from perceptiondlm.common.json_files import read_json, report_json
 from perceptiondlm.drawn.scenes import draw_scene
 from perceptiondlm.regions_perceptiondlm import region_masks
 from perceptiondlm.serving.found import FoundRegion
@@ -100,9 +99,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "mean": {name: round(float(np.mean(values)), 3) for name, values in found.items()},
         "half or more": round(float(np.mean(np.array(found["everything"]) >= 0.5)), 3),
     }  # fmt: skip
-    print(json.dumps(result))
-    if options.json:
-        write_json(options.json, result)
+    report_json(result, options.json)
     return result
 
 

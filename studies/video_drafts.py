@@ -8,7 +8,6 @@ the scene's own captions. The last line is JSON.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from perceptiondlm.common.environment import environment
-from perceptiondlm.common.json_files import write_json
+from perceptiondlm.common.json_files import report_json
 from perceptiondlm.common.loading import DRAWN_MODEL, load_pipeline
 from perceptiondlm.drawn.scenes import draw_scene
 
@@ -86,9 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         **means,
         "environment": environment(),
     }
-    print(json.dumps(result))
-    if options.json:
-        write_json(options.json, result)
+    report_json(result, options.json)
     return result
 
 

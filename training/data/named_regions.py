@@ -75,8 +75,8 @@ class NamedRegionSource(Source):
         group = [good[i] for i in deal(len(good), self.answers.processor.config.num_region_prompts, seed)[unit]]
         names = [self.namings[record][i].drawn(random.Random(f"name/{seed}/{record}/{i}")) for i in group]
         masks = self._masks(record, image, group)
-        if self.config.augment:
-            image, masks, kept = cut_out(image, masks, self._dice(record, unit, seed))
+        if dice := self._dice(record, unit, seed):
+            image, masks, kept = cut_out(image, masks, dice)
             names = [names[i] for i in kept]
         captions = [
             self._caption(entry, image, mask, self.config.general_share, seed, record)
@@ -86,6 +86,8 @@ class NamedRegionSource(Source):
 
     def _dice(self, record: int, unit: int, seed: str) -> random.Random | None:
         """What decides how a sample's picture is mirrored and cut; None for the picture as it is."""
+        if not self.config.augment:
+            return None
         if self.config.variants is None:
             return random.Random(f"cut/{seed}/{unit}")
         variant = random.Random(f"variant/{seed}/{record}/{unit}").randrange(self.config.variants)
@@ -175,18 +177,14 @@ def caption_names(sources: Iterable[SourceConfig]) -> list[str]:
 
 
 def cut_out(
-    image: Image.Image, masks_NHW: np.ndarray, dice: random.Random | None
+    image: Image.Image, masks_NHW: np.ndarray, dice: random.Random
 ) -> tuple[Image.Image, np.ndarray, list[int]]:
     """A picture mirrored in half of the cases, squeezed and cut at random, with the masks that stay whole enough.
 
-    Args:
-        dice: decides; None leaves everything as it is.
     Returns:
         the picture, bool masks (K, h, w) and the indices of the K >= 1 regions kept. Where a cut would lose every
         region the picture stays whole.
     """
-    if dice is None:
-        return image, masks_NHW, list(range(len(masks_NHW)))
     if dice.random() < 0.5:
         image, masks_NHW = ImageOps.mirror(image), masks_NHW[:, :, ::-1]
     image, masks_NHW = squeezed(image, masks_NHW, dice)
