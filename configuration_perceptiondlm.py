@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
+from .naming_perceptiondlm import NamerShape
 from .region_features_perceptiondlm import AlignedRois
 from .released_perceptiondlm import ReleasedLayout, ReleasedRois, nearest_coverage, released_schedule
 from .sequence_perceptiondlm import FullLayout, IsolatedLayout
@@ -100,6 +101,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
             region's features under its mask, which stands in for the features of bins that the mask does not touch.
         region_gain (`float`, defaults to 1.0): under `"replay"`, factor on what mask, box and colours add to the image
             features of RoI tokens; features of a tower of many channels drown them otherwise.
+        namer (`dict`, *optional*): under `"replay"`, sizes of what names regions beside the language model, see
+            `NamerShape`; none by default.
         image_in_prompt (`bool`, defaults to `True`): whether the language model reads the image's tokens. Without them,
             under `"replay"` only, an image reaches it through regions alone, one placeholder stands for it in the
             prompt, and more tiles cost no tokens.
@@ -140,6 +143,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     region_appearance: bool = False
     region_pooling: bool = False
     region_gain: float = 1.0
+    namer: dict[str, int] | None = None
     image_in_prompt: bool = True
     text_only: bool = False
     roi_variant: str = "aligned"
@@ -194,9 +198,11 @@ class PerceptionDLMConfig(PreTrainedConfig):
         step = self.vision_config.patch_size * self.pixel_unshuffle
         if self.region_crop_size < 0 or self.region_crop_size % step:
             raise ValueError(f"region_crop_size must be 0 or a multiple of {step} px, got {self.region_crop_size}")
-        for name in ("region_crop_size", "region_appearance", "region_pooling"):
+        for name in ("region_crop_size", "region_appearance", "region_pooling", "namer"):
             if getattr(self, name) and self.region_conditioning != "replay":
                 raise ValueError(f"{name} needs region_conditioning='replay', got {self.region_conditioning!r}")
+        if self.namer is not None:
+            NamerShape.of(self.namer)
         if self.region_gain <= 0:
             raise ValueError(f"region_gain must be above 0, got {self.region_gain}")
         if not self.image_in_prompt and self.region_conditioning != "replay":
@@ -233,6 +239,17 @@ class PerceptionDLMConfig(PreTrainedConfig):
     def focuses_regions(self) -> bool:
         """Whether regions add to their RoI features what `FocalReplay` makes of them."""
         return bool(self.region_crop_size or self.region_appearance or self.region_pooling)
+
+    @property
+    def namer_shape(self) -> NamerShape | None:
+        """Sizes of the namer, if there is one."""
+        return None if self.namer is None else NamerShape.of(self.namer)
+
+    @property
+    def tile_width(self) -> int:
+        """Numbers that an encoded image holds for each of its tokens: D, and the namer's evidence behind them."""
+        evidence = self.namer_shape.kinds * self.pixel_unshuffle**2 if self.namer_shape else 0
+        return self.text_config.hidden_size + evidence
 
     @property
     def layout(self) -> FullLayout:

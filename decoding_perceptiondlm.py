@@ -98,10 +98,9 @@ class Decoding:
                 [a for a, row in enumerate(self.row_A) if row in chosen], device=self.canvas.ids.device
             )
             part = self.canvas.rows(answers)
-            denoiser = self._denoiser(self.inputs.rows(chosen), images, part)
+            draft_AG = None if self.draft is None else self.draft[answers]
+            denoiser = self._denoiser(self.inputs.rows(chosen), images, part, draft_AG)
             self._round = answers, part
-            if self.draft is not None:
-                denoiser.start_from(self.draft[answers])
             yield from denoiser.steps()
             denoiser.check()
             self.canvas.put(answers, part)
@@ -141,8 +140,14 @@ class Decoding:
             for image, features in enumerate(tiles)
         }
 
-    def _denoiser(self, inputs: PromptInputs, images: dict[int, EncodedImage], canvas: Canvas) -> Denoiser:
-        """Prefill the rows of a round and set up its loop."""
+    def _denoiser(
+        self,
+        inputs: PromptInputs,
+        images: dict[int, EncodedImage],
+        canvas: Canvas,
+        draft_AG: torch.Tensor | None,
+    ) -> Denoiser:
+        """Prefill the rows of a round and set up its loop, with what is known before it."""
         model, settings, config = self.model, self.settings, self.model.config
         shown = inputs.shown_images
         tiles = [images[image].tiles for row in shown for image in row] if images else None
@@ -159,9 +164,14 @@ class Decoding:
             settings, layout.static_prompt, passes.answers_can_leave, inputs.rows_of_answers(), canvas.ids.device
         )
         ends = (config.end_of_turn_token_id, config.end_of_text_token_id)
-        return Denoiser(
+        denoiser = Denoiser(
             canvas, passes, model.lm_head, policy, settings, ends, config.text_config.vocab_size, self.generator
         )
+        if draft_AG is not None:
+            denoiser.start_from(draft_AG)
+        if prompt.names is not None and settings.naming_threshold is not None:
+            denoiser.begin_with(prompt.names, inputs.num_regions, settings.naming_threshold)
+        return denoiser
 
 
 class JointSteps:

@@ -17,6 +17,7 @@ from .configuration_perceptiondlm import shared_schedule
 from .generation_config_perceptiondlm import ADAPTIVE_SAMPLERS, PerceptionDLMGenerationConfig
 from .passes_perceptiondlm import PackedPasses, StaticPasses
 from .sampling_perceptiondlm import Canvas, SlotSampler, TokenSampler, linear_schedule
+from .sequence_perceptiondlm import Names
 
 
 BROKEN = (
@@ -179,6 +180,22 @@ class Denoiser:
             self.canvas.decided[:, half_G] = kept
         if self.policy.closes:
             self.canvas.close(self.end_ids, self.end_ids[-1], self.policy.closes_together)
+        self.begun = True
+
+    def begin_with(self, names: Names, regions_B: torch.Tensor, threshold: float) -> None:
+        """Decide the first slot of answers about regions whose name is true with at least a probability.
+
+        Args:
+            names: of all regions.
+            regions_B: regions of each row; a row without any has one answer, which is about none.
+        """
+        about_A = (regions_B > 0).repeat_interleave(regions_B.clamp(min=1)).to(self.device)
+        ids_R, chances_R = names.ids.to(self.device), names.chances.to(self.device)
+        sure_R = chances_R >= threshold
+        answers = about_A.nonzero()[:, 0][sure_R]
+        self.canvas.ids[answers, 0] = ids_R[sure_R]
+        self.canvas.confidence[answers, 0] = chances_R[sure_R]
+        self.canvas.decided[answers, 0] = True
         self.begun = True
 
     def steps(self) -> Iterator[Step]:

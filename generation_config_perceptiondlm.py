@@ -110,6 +110,7 @@ SETTINGS: dict[str, Setting] = {
     "sampler": Setting("low_confidence", lambda value: value in SAMPLERS, f"one of {SAMPLERS}"),
     "threshold": _number(0.9, lambda value: 0 < value <= 1, "in (0, 1]"),
     "entropy_bound": _number(0.1, lambda value: 0 <= value < float("inf"), "a finite number of at least 0"),
+    "naming_threshold": _number(None, lambda value: 0 <= value <= 1, "in [0, 1]"),
     "early_exit": _flag(True),
     "refresh_interval": _count(1),
     "compile": _flag(False),
@@ -152,6 +153,9 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
         early_exit (`bool`, defaults to True): an answer is finished when an end token and everything before it are
             decided; its text cannot change any more. Later slots are filled, and the answer leaves the running batch.
             In layouts where captions see each other, all answers finish together.
+        naming_threshold (`float`, *optional*): of a model with a namer: an answer about a region begins with the word
+            that the namer has for it where that is true with at least this probability, in [0, 1]; the language model
+            writes the rest. By default, and below it, the language model names the region, too.
         refresh_interval (`int`, defaults to 1): in layouts where the prompt sees captions, every how many passes its
             keys and values are computed anew; 1 is exact. In the isolated layout they never change.
         compile (`bool`): run the passes through `torch.compile`, for many images of a kind: shapes recur (the regions
@@ -196,6 +200,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"block_length={self.block_length} must divide max_new_tokens={self.max_new_tokens}")
         if self.steps < self.num_blocks:
             raise ValueError(f"steps={self.steps} must be at least the number of blocks, {self.num_blocks}")
+        if self.naming_threshold is not None and self.remasking:
+            raise ValueError("naming_threshold does not go with remasking, under which a given word is masked again")
         if self.sampler in ADAPTIVE_SAMPLERS and (self.remasking or self.shared_schedule):
             raise ValueError(f"sampler={self.sampler!r} goes with neither remasking nor shared_schedule")
 

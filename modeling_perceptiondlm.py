@@ -5,6 +5,7 @@ Legend of tensor names: see sequence_perceptiondlm.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ from .generation_perceptiondlm import PerceptionDLMGenerationMixin
 from .inputs_perceptiondlm import PromptInputs
 from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
 from .loss_perceptiondlm import drawn_noise, mask_answers, masked_diffusion_loss, token_losses
+from .naming_perceptiondlm import RegionNamer, patches_of, squares_of
 from .passes_perceptiondlm import run_packed
 from .region_features_perceptiondlm import RegionReplay, bin_shares, box_geometry, roi_align, roi_align_each
-from .sequence_perceptiondlm import ROI, AnswerSpans, Prompt
+from .sequence_perceptiondlm import ROI, AnswerSpans, Names, Prompt
 from .vision_perceptiondlm import build_tower
 
 
@@ -135,6 +137,8 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         self.region_replay = RegionReplay(config)
         if config.focuses_regions:
             self.focal_replay = FocalReplay(config)
+        if config.namer:
+            self.region_namer = RegionNamer(config)
         if config.region_conditioning == "vision":
             self.region_prompts = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
         self.language_model = BidirectionalLlamaModel(config.text_config)
@@ -251,7 +255,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
         Args:
             inputs: checked.
-            tiles: features (T, n, n, D) of every image of every row, in order, where they are known already.
+            tiles: encoded tiles (T, n, n, X) of every image of every row, in order, where they are known already.
             training: whether the rows are trained on; RoIs of the published weights differ then.
         """
         embeds = inputs.inputs_embeds
@@ -261,16 +265,17 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             tiles = self._encode_shown(inputs)
         if self.config.image_in_prompt:
             features = torch.cat([image.flatten(0, 2) for image in tiles]) if tiles else embeds[:0]
+            features = features[..., : embeds.shape[-1]]
             embeds = scatter_features(embeds, inputs.input_ids == self.config.image_token_id, features, "image")
-        roles = inputs.roles
+        roles, names = inputs.roles, None
         if self.config.use_roi_replay and inputs.region_boxes is not None and len(inputs.region_boxes):
-            regions_RbD = self.replay_regions(inputs, tiles, training)
+            regions_RbD, names = self.replay_regions(inputs, tiles, training)
             embeds = scatter_features(embeds, roles.role == ROI, regions_RbD, "RoI")
         layout, counts_B = self.config.layout, inputs.num_regions
         first_R = (counts_B.cumsum(0) - counts_B).repeat_interleave(counts_B)
         places_R = torch.arange(len(first_R), device=first_R.device) - first_R
         markers = layout.marker_index(places_R, inputs.prompt_ids)
-        return Prompt(inputs.input_ids, embeds, roles, layout.prompt_positions(roles), counts_B, markers)
+        return Prompt(inputs.input_ids, embeds, roles, layout.prompt_positions(roles), counts_B, markers, names)
 
     def _encode_shown(self, inputs: PromptInputs) -> list[torch.Tensor]:
         """Features (T, n, n, D) of every image of every row, in order."""
@@ -288,7 +293,9 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
 
     def encode_images(self, inputs: PromptInputs) -> list[torch.Tensor]:
         """Features (T, n, n, D) of every image, which know no region."""
-        return list(self.encode_tiles(inputs.pixel_values).split(self._tile_counts(inputs)))
+        counts = self._tile_counts(inputs)
+        grids = [(1, 1)] * len(counts) if inputs.tile_grids is None else grid_pairs(inputs.tile_grids)
+        return list(self.encode_tiles(inputs.pixel_values, grids=grids).split(counts))
 
     @staticmethod
     def _tile_counts(inputs: PromptInputs) -> list[int]:
@@ -328,11 +335,12 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             raise ValueError(f"encode_image takes one image, got {len(tile_grids)}")
         PromptInputs(pixel_values=pixel_values, tile_grids=tile_grids).check_tiles(self.config)
         made_by = weights_fingerprint(self) if fingerprint else None
-        return EncodedImage(self.encode_tiles(pixel_values), tile_grids, image_sizes, made_by, picture)
+        tiles = self.encode_tiles(pixel_values, grids=grid_pairs(tile_grids))
+        return EncodedImage(tiles, tile_grids, image_sizes, made_by, picture)
 
     def check_encoded_image(self, image: EncodedImage) -> None:
         """Refuse an image that other weights encoded."""
-        side, width = self.config.tokens_per_side, self.config.text_config.hidden_size
+        side, width = self.config.tokens_per_side, self.config.tile_width
         if image.tiles.shape[1:] != (side, side, width):
             raise ValueError(
                 f"the encoded image holds tiles of {tuple(image.tiles.shape[1:])}, this model's are "
@@ -344,9 +352,27 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
                 "encode it with this model"
             )
 
-    def encode_tiles(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
-        """Tiles (T, 3, H, W) to image tokens (T, n, n, D); region prompts enter by their coverage (T, K, P, P)."""
-        return self.projector(self.tile_features(pixel_values, prompt_coverage))
+    def encode_tiles(
+        self,
+        pixel_values: torch.Tensor,
+        prompt_coverage: torch.Tensor | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
+        """Tiles (T, 3, H, W) to image tokens (T, n, n, D), and behind them what a namer sees, unless the model trains.
+
+        Args:
+            prompt_coverage: (T, k, P, P) by which region prompts enter.
+            grids: columns and rows of the images that the tiles make up; None for pictures that stand alone.
+        """
+        pixels = self.normalised(pixel_values)
+        patches_TPC = self.tile_features(pixels, prompt_coverage)
+        tokens_TnnD = self.projector(patches_TPC)
+        if self.config.namer is None or self.training:
+            return tokens_TnnD
+        mean, std = self.pixel_statistics(pixels)
+        seen_TPPK = self.region_namer.evidence(pixels * std + mean, patches_TPC, grids)
+        seen_TnnX = squares_of(seen_TPPK, self.config.pixel_unshuffle).to(tokens_TnnD)
+        return torch.cat((tokens_TnnD, seen_TnnX), dim=-1)
 
     def tile_features(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
         """Tiles (T, 3, H, W) to features (T, P * P, C) of the vision tower.
@@ -358,31 +384,55 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             prompts_KC = self.region_prompts(torch.arange(config.num_region_prompts, device=prompt_coverage.device))
             coverage = prompt_coverage.flatten(2).to(prompts_KC)
             addend = torch.einsum("tkp,kc->tpc", coverage, prompts_KC)
-        if pixel_values.dtype == torch.uint8:
-            mean, std = (
-                torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
-                for values in (config.image_mean, config.image_std)
-            )
-            pixel_values = (pixel_values.float() / 255 - mean) / std
-        return self.vision_tower(pixel_values, config.vision_feature_layer, addend)
+        return self.vision_tower(self.normalised(pixel_values), config.vision_feature_layer, addend)
 
-    def focus_regions(
-        self, features_RbD: torch.Tensor, inputs: PromptInputs, coverage: torch.Tensor | None
+    def normalised(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tiles as the vision tower takes them: uint8 is normalised, floats are taken as normalised already."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        mean, std = self.pixel_statistics(pixel_values)
+        return (pixel_values.float() / 255 - mean) / std
+
+    def pixel_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`image_mean` and `image_std`, (3, 1, 1) each."""
+        means, deviations = (
+            torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        return means, deviations
+
+    def encode_crops(self, inputs: PromptInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regions' own crops, all encoded in one pass (Q, n, n, X), and which regions have one (Q,)."""
+        chosen, crops = inputs.cropped_regions, inputs.region_crops
+        if not len(chosen):
+            side = self.config.region_crop_size // self.config.vision_config.patch_size // self.config.pixel_unshuffle
+            shape = (0, side, side, self.config.tile_width)
+            return torch.zeros(shape, dtype=self.dtype, device=crops.device), chosen
+        return self.encode_tiles(crops[chosen.to(crops.device)]), chosen
+
+    def align_images(
+        self, inputs: PromptInputs, maps: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """RoI features with what the regions' own crops and colours add; all crops are encoded in one pass."""
-        config, device, crops, chosen = self.config, features_RbD.device, None, None
-        if not config.focuses_regions:
-            return features_RbD
-        if config.region_crop_size:
-            chosen, crops = inputs.cropped_regions, features_RbD[:0]
-            if len(chosen):
-                encoded_QnnD = self.encode_tiles(inputs.region_crops[chosen.to(inputs.region_crops.device)])
-                boxes_Q4 = inputs.crop_boxes[chosen].to(encoded_QnnD.device)
-                crops = roi_align_each(encoded_QnnD, boxes_Q4, config.roi_size, config.roi_sampling_ratio)
-            chosen = chosen.to(device)
-        appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
-        covered_Rb = None if coverage is None else bin_shares(coverage, config.coverage_subsamples)
-        return self.focal_replay(features_RbD, crops, chosen, appearance, covered_Rb)
+        """RoI features (R, bins², X) of all regions on the images they lie on.
+
+        Args:
+            maps: tiles (T, side, side, X) of every image of every row, in order.
+            boxes: (regions, 4) of every row, as fractions of its first image.
+        """
+        config, features = self.config, []
+        places = itertools.accumulate((len(row) for row in inputs.shown_images), initial=0)
+        for place, row, boxes_R4 in zip(places, inputs.shown_images, boxes, strict=False):
+            if len(boxes_R4):
+                feature_map = config.rois.feature_map(maps[place], tuple(inputs.tile_grids[row[0]].tolist()))
+                features.append(roi_align(feature_map, boxes_R4, config.roi_size, config.roi_sampling_ratio))
+        return torch.cat(features)
+
+    def align_crops(self, inputs: PromptInputs, maps_QnnX: torch.Tensor, cropped_Q: torch.Tensor) -> torch.Tensor:
+        """RoI features (Q, bins², X) of regions inside their own crops."""
+        if not len(maps_QnnX):
+            return maps_QnnX.new_zeros(0, self.config.roi_size**2, maps_QnnX.shape[-1])
+        boxes_Q4 = inputs.crop_boxes[cropped_Q].to(maps_QnnX.device)
+        return roi_align_each(maps_QnnX, boxes_Q4, self.config.roi_size, self.config.roi_sampling_ratio)
 
     def run_idle_parts(
         self, embeds: torch.Tensor, no_images: bool, no_regions: bool, no_crops: bool = True
@@ -392,7 +442,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         if not config.text_only and (no_images or (no_regions and config.region_conditioning == "vision")):
             side, patches = config.vision_config.image_size, config.patches_per_side
             coverage = embeds.new_zeros(1, config.num_region_prompts, patches, patches)
-            embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side), coverage).mean()
+            embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side), coverage, [(1, 1)]).mean()
         if (side := config.region_crop_size) and no_crops:
             embeds = embeds + 0.0 * self.encode_tiles(embeds.new_zeros(1, 3, side, side)).mean()
         if no_regions and replays:
@@ -406,11 +456,13 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             embeds = embeds + 0.0 * replayed.mean()
         return embeds
 
-    def replay_regions(self, inputs: PromptInputs, tiles: list[torch.Tensor], training: bool = False) -> torch.Tensor:
-        """RoI tokens (R, bins², D) of all regions.
+    def replay_regions(
+        self, inputs: PromptInputs, tiles: list[torch.Tensor], training: bool = False
+    ) -> tuple[torch.Tensor, Names | None]:
+        """RoI tokens (R, bins², D) of all regions, and their names where the tiles hold what a namer needs.
 
         Args:
-            inputs: checked; tiles: features (T, n, n, D) of every image of every row, in order.
+            inputs: checked; tiles: encoded tiles (T, n, n, X) of every image of every row, in order.
         """
         config, device = self.config, tiles[0].device
         counts = inputs.num_regions.tolist()
@@ -418,16 +470,30 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         sizes_R2 = inputs.image_sizes[images.to(inputs.image_sizes.device)].to(device)
         boxes_R4 = inputs.region_boxes.to(device)
         sampled = config.rois.boxes(boxes_R4, sizes_R2, training).split(counts)
-        places = itertools.accumulate((len(row) for row in inputs.shown_images), initial=0)
-        features = []
-        for place, row, boxes in zip(places, inputs.shown_images, sampled, strict=False):
-            if len(boxes):
-                grid = tuple(inputs.tile_grids[row[0]].tolist())
-                feature_map = config.rois.feature_map(tiles[place], grid)
-                features.append(roi_align(feature_map, boxes, config.roi_size, config.roi_sampling_ratio))
         coverage = None if inputs.region_coverage is None else inputs.region_coverage.to(device)
-        geometry = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
-        return self.region_replay(self.focus_regions(torch.cat(features), inputs, coverage), coverage, geometry)
+        covered_Rb = None if coverage is None else bin_shares(coverage, config.coverage_subsamples)
+        geometry_R6 = box_geometry(boxes_R4.float() / sizes_R2.flip(-1).repeat(1, 2), sizes_R2)
+        # 1. tokens: features of the image, of the regions' crops, and their colours
+        width, crops_QnnX, cropped_Q = config.text_config.hidden_size, None, None
+        features_RbD, crops_QbD = self.align_images(inputs, [image[..., :width] for image in tiles], sampled), None
+        if config.region_crop_size:
+            crops_QnnX, chosen = self.encode_crops(inputs)
+            crops_QbD = self.align_crops(inputs, crops_QnnX[..., :width], chosen).to(device)
+            cropped_Q = chosen.to(device)
+        if config.focuses_regions:
+            appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
+            features_RbD = self.focal_replay(features_RbD, crops_QbD, cropped_Q, appearance, covered_Rb)
+        tokens_RbD = self.region_replay(features_RbD, coverage, geometry_R6)
+        if tiles[0].shape[-1] == width:
+            return tokens_RbD, None
+        # 2. names: what a namer saw in tiles and crops, patch by patch
+        assert covered_Rb is not None  # a namer needs "replay", and that its coverage
+        seen = [patches_of(image[..., width:], config.pixel_unshuffle) for image in tiles]
+        seen_RbK, own_QbK = self.align_images(inputs, seen, sampled), None
+        if crops_QnnX is not None and cropped_Q is not None:
+            own = patches_of(crops_QnnX[..., width:], config.pixel_unshuffle)
+            own_QbK = self.align_crops(inputs, own, chosen).to(device)
+        return tokens_RbD, self.region_namer(seen_RbK, own_QbK, cropped_Q, covered_Rb, geometry_R6)
 
     def place_answers(self, prompt: Prompt, num_answers: int, num_slots: int, lengths_A=None, bare=False):
         """Place the answers behind the prompt; refuses sequences longer than the model's positions."""
@@ -447,6 +513,11 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         """Hidden states (A, Z, D) for the ids of whole spans, in one pass over whole rows."""
         roles = prompt.roles.cat(spans.roles)
         return run_packed(self, prompt, spans, spans_AZ, self.config.layout.allowed(roles, roles))
+
+
+def grid_pairs(tile_grids: torch.Tensor) -> list[tuple[int, int]]:
+    """Columns and rows (images, 2) as pairs."""
+    return [(columns, rows) for columns, rows in tile_grids.tolist()]
 
 
 def scatter_features(embeds_BLD, places_BL, features, kind: str):

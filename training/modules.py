@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.training.config import PARTS, LoraConfig, TrainConfig
+from perceptiondlm.training.config import FITTED, PARTS, LoraConfig, TrainConfig
 from perceptiondlm.training.recomputation import peft_asking
 
 
@@ -14,8 +14,10 @@ ADAPTER_PREFIX = "base_model.model."  # of every parameter of a model with adapt
 
 
 def part_of(name: str) -> str:
-    """The part of `PARTS` that a parameter belongs to, whether the model has adapters or not."""
+    """The part of `PARTS`, or `"namer"`, that a parameter belongs to, whether the model has adapters or not."""
     name = name.removeprefix(ADAPTER_PREFIX)
+    if name.startswith(FITTED):
+        return "namer"
     return next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
 
 
@@ -85,6 +87,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # the state before training, which adapters keep beside a part trained whole
             continue
+        counts.setdefault(part_of(name), {"total": 0, "trained": 0})
         counts[part_of(name)]["total"] += num_weights(parameter)
         counts[part_of(name)]["trained"] += num_weights(parameter) * parameter.requires_grad
     return counts

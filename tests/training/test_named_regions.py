@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from perceptiondlm.checkpoints.tokenizer import build_tokenizer, colour_texts
+from perceptiondlm.evaluation.photos.annotations import read_pictures
 from perceptiondlm.evaluation.photos.layout import place
 from perceptiondlm.evaluation.photos.names import NameTable
 from perceptiondlm.training.data.bad_records import BadRecord
@@ -23,6 +25,14 @@ TABLE = NameTable.coco()
 
 
 # What the source needs of an `AnswerFormat`: groups of at most three regions.
+LEFT = {"size": [40, 60], "counts": [0, 1200, 1200]}
+GUESSES = [
+    {"category": "dog", "chance": 0.6},
+    {"category": "cat", "chance": 0.3},
+    {"names": ["agaric"], "hypernyms": ["mushroom", "fungus"], "chance": 0.1},
+]
+
+
 ANSWERS = SimpleNamespace(processor=SimpleNamespace(config=SimpleNamespace(num_region_prompts=3)))
 
 
@@ -178,3 +188,33 @@ def test_every_name_of_a_run_is_one_token_with_its_article(annotated, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tokenizer.save_pretrained(tmp_path / "saved") and tmp_path / "saved")
     assert loaded(captions, add_special_tokens=False)["input_ids"] == ids
     assert len(tokenizer("a category", add_special_tokens=False)["input_ids"]) > 1  # no "a cat" inside a word
+
+
+@pytest.fixture
+def guessed(tmp_path):
+    Image.new("RGB", (60, 40), (200, 20, 30)).save(tmp_path / "a.png")
+    path = tmp_path / "guessed.json"
+    regions = [{"segmentation": LEFT, "guesses": GUESSES}]
+    path.write_text(json.dumps([{"image": "a.png", "width": 60, "height": 40, "regions": regions}]))
+    return path
+
+
+def test_names_are_drawn_by_their_chances_and_general_words_as_often_as_asked(guessed):
+    one = source(guessed, general_share=0.2, augment=False)
+    said = Counter(one.sample(0, 0, f"{epoch}/set/0")["captions"][0].split(",")[0] for epoch in range(1500))
+    shares = {name: count / 1500 for name, count in said.items()}
+    assert shares["a dog"] == pytest.approx(0.48, abs=0.05)
+    assert shares["a cat"] == pytest.approx(0.24, abs=0.05)
+    assert shares["an agaric"] == pytest.approx(0.08, abs=0.03)
+    assert shares["an animal"] + shares["a mushroom"] == pytest.approx(0.2, abs=0.05)
+    names = caption_names([SourceConfig("named_regions", path=str(guessed))])
+    assert {"a dog", "a cat", "an agaric", "an animal"} <= set(names)
+
+
+@pytest.mark.parametrize("wrong", [{"chance": 0}, {"chance": 1.5}, {"chance": "much"}, {"chance": True}, {}])
+def test_a_guess_without_a_chance_is_named(guessed, wrong):
+    records = json.loads(guessed.read_text())
+    records[0]["regions"][0]["guesses"] = [{"category": "dog", **wrong}]
+    guessed.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"region 0, guess 0 has the chance .* \(0, 1\]"):
+        read_pictures(guessed)
