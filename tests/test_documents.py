@@ -132,6 +132,43 @@ def test_runs_with_guessed_regions_are_the_committed_figures():
             assert float(cell) == pytest.approx(value, abs=0.051), name
 
 
+NAMER_RUNS = {
+    "the default of before": "committed default of before the namer",
+    "the language model alone": "region_gain from the start, eight variants",
+    "... with a namer: the committed default": "region_gain from the start, eight variants, namer",
+    "... with a namer that has no crops, nor the language model": (
+        "region_gain from the start, eight variants, namer without crops"
+    ),
+}
+LOUD_RUNS = {
+    "the default of that day": "committed default of before the namer",
+    "from the start, `region_norm` and variants, 1,400 steps": "region_norm, eight variants",
+    "... 500 steps more": "region_norm, eight variants, 500 steps more",
+    "the committed default, box 20, mask and colours 10 times as loud, 260 steps": "committed default, louder, 260 steps",
+    "the committed default, `region_gain: 20`, 800 steps": "committed default, region_gain, 800 steps",
+}
+
+
+@pytest.mark.parametrize(
+    ("heading", "named", "skipped"),
+    [
+        ("**Whole runs** on the validation photographs", NAMER_RUNS, ()),
+        ("## 2026-11-26: boxes that are heard", LOUD_RUNS, (0, 2)),
+    ],
+)
+def test_runs_on_photographs_are_the_committed_figures(heading, named, skipped):
+    results = {run["run"]: run for run in json.loads((RESULTS / "photos_runs.json").read_text())["runs"]}
+    rows = {name: cells for name, *cells in table_rows("docs/experiments.md", heading)}
+    assert set(named) <= set(rows)
+    for name, run in ((name, results[run]) for name, run in named.items()):
+        both, small, *told = [cell for place, cell in enumerate(rows[name]) if place not in skipped]
+        every = run["shares"]["all"]
+        expected = [every["right"], every["right_or_general"], run["shares"]["things below 0.3 %"]["right"]]
+        expected += [run[f"{what}_right"] for what in ("colours", "sizes", "places")]
+        for cell, value in zip([*both.split(" / "), small, *told], expected, strict=True):
+            assert float(cell) == pytest.approx(value, abs=0.051), name
+
+
 def test_judging_times_are_the_slowest_of_the_committed_rounds():
     result = json.loads((RESULTS / "judging_cpu.json").read_text())
     text = words_of("docs/metrics.md")
