@@ -144,7 +144,9 @@ LOUD_RUNS = {
     "the default of that day": "committed default of before the namer",
     "from the start, `region_norm` and variants, 1,400 steps": "region_norm, eight variants",
     "... 500 steps more": "region_norm, eight variants, 500 steps more",
-    "the committed default, box 20, mask and colours 10 times as loud, 260 steps": "committed default, louder, 260 steps",
+    "the committed default, box 20, mask and colours 10 times as loud, 260 steps": (
+        "committed default, louder, 260 steps"
+    ),
     "the committed default, `region_gain: 20`, 800 steps": "committed default, region_gain, 800 steps",
 }
 

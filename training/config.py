@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "language_model": ("language_model.", "lm_head."),
 }
 
-FITTED = "region_namer."  # parameters that no gradient changes, see fit_namer
+FITTED = "region_namer."  # parameters that no gradient changes: a run leaves them behind, fit_namer makes them
 
 FROZEN = ("auto", "float32", "bfloat16", "8bit", "4bit")
 QUANTIZED = ("8bit", "4bit")

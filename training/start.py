@@ -20,7 +20,7 @@ from perceptiondlm.configuration_perceptiondlm import PRESETS, PerceptionDLMConf
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
 from perceptiondlm.processing_perceptiondlm import IMAGE_SETTINGS, PerceptionDLMProcessor
-from perceptiondlm.training.config import PARTS, QUANTIZED, RunConfig
+from perceptiondlm.training.config import FITTED, PARTS, QUANTIZED, RunConfig
 from perceptiondlm.training.data.named_regions import caption_names
 from perceptiondlm.training.sharding import sharding_asked
 
@@ -118,7 +118,10 @@ def build_processor(run: RunConfig) -> tuple[PerceptionDLMConfig, PerceptionDLMP
 def checkpoint_parts(
     run: RunConfig, source: str
 ) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor, PerceptionDLMGenerationConfig]:
-    """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes."""
+    """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes.
+
+    A namer is left behind: a language model that learns is to name regions as it is taught, and one may be fitted again.
+    """
     folder = local_folder(source)
     if (kind := detect(folder)) != "perceptiondlm":
         raise ValueError(f"init_from {source} holds {kind!r} weights: bring them here first, perceptiondlm convert")
@@ -132,7 +135,8 @@ def checkpoint_parts(
         recipe = added_regions(run, folder, config, conditioning)
         config, tokenizer = recipe.config, recipe.tokenizer
         generation = PerceptionDLMGenerationConfig(**recipe.generation)
-    config = PerceptionDLMConfig.from_dict(changed(config.to_dict(), run.model))
+    generation.naming_threshold = None
+    config = PerceptionDLMConfig.from_dict(changed(config.to_dict(), {"namer": None, **run.model}))
     fresh_processor = PerceptionDLMProcessor.from_config(
         config, tokenizer, chat_template=processor.chat_template, **{**image_settings, **run.processor}
     )
@@ -193,10 +197,10 @@ def load_weights(
     model, info = PerceptionDLMForConditionalGeneration.from_pretrained(
         folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading_settings(held)
     )
-    regions = PARTS["regions"]
+    optional = (*PARTS["regions"], FITTED)
     wrong = [str(entry) for entry in info["mismatched_keys"]]
     wrong += [
-        name for kind in ("missing_keys", "unexpected_keys") for name in info[kind] if not name.startswith(regions)
+        name for kind in ("missing_keys", "unexpected_keys") for name in info[kind] if not name.startswith(optional)
     ]
     if wrong:
         raise ValueError(
