@@ -120,7 +120,8 @@ def checkpoint_parts(
 ) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor, PerceptionDLMGenerationConfig]:
     """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes.
 
-    A namer is left behind: a language model that learns is to name regions as it is taught, and one may be fitted again.
+    fields = changed(config.to_dict(), {"namer": None, **run.model})
+    config = PerceptionDLMConfig.from_dict(fields)
     """
     folder = local_folder(source)
     if (kind := detect(folder)) != "perceptiondlm":
