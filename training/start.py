@@ -120,8 +120,7 @@ def checkpoint_parts(
 ) -> tuple[PerceptionDLMConfig, PerceptionDLMProcessor, PerceptionDLMGenerationConfig]:
     """Config, processor and generation settings of a checkpoint with `model`'s and `processor`'s changes.
 
-    fields = changed(config.to_dict(), {"namer": None, **run.model})
-    config = PerceptionDLMConfig.from_dict(fields)
+    A namer is left behind: a language model that learns is to name regions as it is taught, and another may be fitted.
     """
     folder = local_folder(source)
     if (kind := detect(folder)) != "perceptiondlm":
