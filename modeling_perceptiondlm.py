@@ -26,7 +26,7 @@ from .generation_perceptiondlm import PerceptionDLMGenerationMixin
 from .inputs_perceptiondlm import PromptInputs
 from .language_perceptiondlm import BidirectionalLlamaModel, PassAttention
 from .loss_perceptiondlm import drawn_noise, mask_answers, masked_diffusion_loss, token_losses
-from .naming_perceptiondlm import RegionNamer, patches_of, squares_of
+from .naming_perceptiondlm import RegionNamer, patches_of
 from .passes_perceptiondlm import run_packed
 from .region_features_perceptiondlm import RegionReplay, bin_shares, box_geometry, roi_align, roi_align_each
 from .sequence_perceptiondlm import ROI, AnswerSpans, Names, Prompt
@@ -278,7 +278,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return Prompt(inputs.input_ids, embeds, roles, layout.prompt_positions(roles), counts_B, markers, names)
 
     def _encode_shown(self, inputs: PromptInputs) -> list[torch.Tensor]:
-        """Features (T, n, n, D) of every image of every row, in order."""
+        """Encoded tiles (T, n, n, X) of every image of every row, in order."""
         shown = [image for row in inputs.shown_images for image in row]
         if inputs.encoded_image is not None:
             return [inputs.encoded_image.tiles for _ in shown]
@@ -292,7 +292,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
         return list(together.split([len(pixels[image]) for image in shown]))
 
     def encode_images(self, inputs: PromptInputs) -> list[torch.Tensor]:
-        """Features (T, n, n, D) of every image, which know no region."""
+        """Encoded tiles (T, n, n, X) of every image, which know no region."""
         counts = self._tile_counts(inputs)
         grids = [(1, 1)] * len(counts) if inputs.tile_grids is None else grid_pairs(inputs.tile_grids)
         return list(self.encode_tiles(inputs.pixel_values, grids=grids).split(counts))
@@ -371,7 +371,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             return tokens_TnnD
         mean, std = self.pixel_statistics(pixels)
         seen_TPPK = self.region_namer.evidence(pixels * std + mean, patches_TPC, grids)
-        seen_TnnX = squares_of(seen_TPPK, self.config.pixel_unshuffle).to(tokens_TnnD)
+        seen_TnnX = pixel_unshuffle(seen_TPPK.flatten(1, 2), self.config.pixel_unshuffle).to(tokens_TnnD)
         return torch.cat((tokens_TnnD, seen_TnnX), dim=-1)
 
     def tile_features(self, pixel_values: torch.Tensor, prompt_coverage: torch.Tensor | None = None) -> torch.Tensor:
@@ -484,7 +484,7 @@ class PerceptionDLMForConditionalGeneration(PerceptionDLMGenerationMixin, Percep
             appearance = None if inputs.region_appearance is None else inputs.region_appearance.to(device)
             features_RbD = self.focal_replay(features_RbD, crops_QbD, cropped_Q, appearance, covered_Rb)
         tokens_RbD = self.region_replay(features_RbD, coverage, geometry_R6)
-        if tiles[0].shape[-1] == width:
+        if config.namer is None or tiles[0].shape[-1] == width:
             return tokens_RbD, None
         # 2. names: what a namer saw in tiles and crops, patch by patch
         assert covered_Rb is not None  # a namer needs "replay", and that its coverage

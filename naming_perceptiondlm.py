@@ -163,14 +163,8 @@ def to_cells(maps: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps, cells, mode="bilinear")
 
 
-def squares_of(patches_TPPK: torch.Tensor, factor: int) -> torch.Tensor:
-    """Numbers of patches where the image token of their square stands: (T, P, P, K) to (T, n, n, factor² * K)."""
-    squares = patches_TPPK.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
-    return squares.transpose(2, 3).flatten(3)
-
-
 def patches_of(squares_TnnX: torch.Tensor, factor: int) -> torch.Tensor:
-    """What `squares_of` laid together, patch by patch again: (T, n, n, factor² * K) to (T, P, P, K)."""
+    """What pixel-unshuffle laid together, patch by patch again: (T, n, n, factor² * K) to (T, P, P, K)."""
     patches = squares_TnnX.unflatten(3, (factor, factor, -1)).transpose(2, 3)
     return patches.flatten(3, 4).flatten(1, 2)
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import disk_offload
 
 from perceptiondlm.checkpoints.folder import export
 from perceptiondlm.generation_config_perceptiondlm import PerceptionDLMGenerationConfig
 from perceptiondlm.inputs_perceptiondlm import PromptInputs
-from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.naming_perceptiondlm import RegionNamer, patches_of, squares_of
+from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration, pixel_unshuffle
+from perceptiondlm.naming_perceptiondlm import RegionNamer, patches_of
 from perceptiondlm.training.fit_namer import looks
 
 
@@ -127,7 +128,7 @@ def test_the_detector_sees_tiles_of_an_image_as_one_picture(named):
 
 def test_squares_hold_their_patches():
     patches = torch.rand(2, 6, 6, 5)
-    squares = squares_of(patches, 2)
+    squares = pixel_unshuffle(patches.flatten(1, 2), 2)
     assert squares.shape == (2, 3, 3, 20)
     assert torch.equal(squares[0, 1, 2], patches[0, 2:4, 4:6].flatten())
     assert torch.equal(patches_of(squares, 2), patches)
@@ -153,6 +154,13 @@ def test_a_checkpoint_keeps_words_exactly_and_the_threshold(named, tiny_processo
     assert loaded.generation_config.naming_threshold == 0.0
     output = loaded.generate(**processor(images=scene.image, masks=masks_of(scene)), max_new_tokens=4, steps=4)
     assert set(output.sequences[:, 0].tolist()) <= set(range(521, 528))
+
+
+def test_it_runs_with_weights_on_disk(named, tiny_processor, scene, tmp_path):
+    inputs = tiny_processor(named)(images=scene.image, masks=masks_of(scene))
+    plain = generate(named, inputs, naming_threshold=0.0)
+    offloaded = disk_offload(copy.deepcopy(named), str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(generate(offloaded, inputs, naming_threshold=0.0).sequences, plain.sequences)
 
 
 def test_training_neither_runs_nor_changes_it(named, tiny_processor, scene, monkeypatch):
@@ -189,5 +197,5 @@ def test_a_wrong_threshold_is_refused(wrong):
 
 
 def test_a_given_word_does_not_go_with_remasking():
-    with pytest.raises(ValueError, match="naming_threshold goes without remasking"):
+    with pytest.raises(ValueError, match="naming_threshold does not go with remasking"):
         PerceptionDLMGenerationConfig(naming_threshold=0.5, remasking=True)

@@ -29,7 +29,7 @@ def test_published_rois_are_shifted_and_scaled_twice(tiny_model, tiny_processor)
     def replayed(model, tiles, box, training=False):
         inputs = PromptInputs(**batch | {"region_boxes": torch.tensor([box])}).checked(model)
         with torch.no_grad():
-            return model.replay_regions(inputs, [tiles], training)
+            return model.replay_regions(inputs, [tiles], training)[0]
 
     box = [10, 20, 50, 100]
     for training, scale in ((False, 1 / 32), (True, 1 / 28)):

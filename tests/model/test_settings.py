@@ -121,8 +121,9 @@ def test_a_saved_generation_config_comes_back_the_same(tmp_path):
     settings = {
         "max_new_tokens": 12, "steps": 9, "block_length": 4, "sampler": "random", "temperature": 0.7, "top_k": 20,
         "top_p": 0.9, "suppress_tokens": [3, 5], "seed": 11, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-            "shared_schedule": False, "remasking": True, "threshold": 0.8, "entropy_bound": 0.3, "early_exit": False,
+            "shared_schedule": True, "remasking": False, "threshold": 0.8, "entropy_bound": 0.3, "early_exit": False,
         "refresh_interval": 4, "compile": True, "sequence_bias": [[[3], 0.5]],
+        "naming_threshold": 0.4,
     }  # fmt: skip
     assert set(settings) == set(PerceptionDLMGenerationConfig.fields())
     PerceptionDLMGenerationConfig(**settings).save_pretrained(tmp_path)

@@ -121,7 +121,7 @@ def test_regions_are_read_from_their_own_place_in_their_own_image(tiny_model, ti
         pieces.append(ramp.view(rows, 4, columns, 4, 2).transpose(1, 2).reshape(-1, 4, 4, 2))
         pieces.append(torch.full((1, 4, 4, 2), 99.0))  # the thumbnail
     tiles = [torch.cat(pieces[:2]), torch.cat(pieces[2:])]
-    found = model.replay_regions(PromptInputs(**region_tensors(batch)).checked(model), tiles)
+    found, _ = model.replay_regions(PromptInputs(**region_tensors(batch)).checked(model), tiles)
     sizes = [(192, 128), (192, 128), (60, 130)]
     for tokens, box, (width, height) in zip(found, [*boxes[0], *boxes[1]], sizes, strict=True):
         for index, token in enumerate(tokens.tolist()):
