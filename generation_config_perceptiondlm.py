@@ -154,8 +154,8 @@ class PerceptionDLMGenerationConfig(GenerationConfig):
             decided; its text cannot change any more. Later slots are filled, and the answer leaves the running batch.
             In layouts where captions see each other, all answers finish together.
         naming_threshold (`float`, *optional*): of a model with a namer: an answer about a region begins with the word
-            that the namer has for it where that is true with at least this probability, in [0, 1]; the language model
-            writes the rest. By default, and below it, the language model names the region, too.
+            that the namer has for it where that is true with more than this probability, in [0, 1]; the language model
+            writes the rest. At 1, and by default, the language model names every region, too.
         refresh_interval (`int`, defaults to 1): in layouts where the prompt sees captions, every how many passes its
             keys and values are computed anew; 1 is exact. In the isolated layout they never change.
         compile (`bool`): run the passes through `torch.compile`, for many images of a kind: shapes recur (the regions

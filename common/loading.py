@@ -16,7 +16,7 @@ DRAWN_MODEL = REPOSITORY / "drawn" / "model"  # the second embedded model, which
 CODE = "modeling_perceptiondlm.py"  # where it lies, a folder is a repository
 SETTINGS: dict[str, type] = {
     "preset": str, "steps": int, "max_new_tokens": int, "block_length": int, "sampler": str, "threshold": float,
-    "entropy_bound": float, "temperature": float, "top_k": int, "top_p": float, "seed": int,
+    "entropy_bound": float, "naming_threshold": float, "temperature": float, "top_k": int, "top_p": float, "seed": int,
 }  # fmt: skip
 
 # Weights of linear layers in fewer bits (the head and the embeddings stay): names and torchao's configurations.

@@ -56,6 +56,7 @@ class Settings(Strict):
     sampler: str | None = None
     threshold: float | None = None
     entropy_bound: float | None = None
+    naming_threshold: float | None = None
     early_exit: bool | None = None
     remasking: bool | None = None
     temperature: float | None = None
