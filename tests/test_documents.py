@@ -91,6 +91,21 @@ def test_scores_of_the_embedded_model_are_the_committed_report():
             assert float(cell.removesuffix(" %")) == pytest.approx(row[kind], abs=0.051), (name, kind)
 
 
+def test_scores_of_the_default_on_drawn_scenes_are_the_committed_report():
+    result = json.loads((RESULTS / "scenes_default.json").read_text())
+    told = re.search(
+        r"Avg (\S+), recognition (\S+) %, color (\S+) %, part color (\S+) %, pattern (\S+) %, size (\S+) % \(\[report\]"
+        r"\(\.\./studies/results/scenes_default",
+        words_of("docs/embedded.md"),
+    )
+    assert told
+    attributes = result["per_attribute"]
+    expected = [result["average"], result["recognition"]]
+    expected += [attributes[name] for name in ("color", "part color", "pattern", "size")]
+    for stated, value in zip(told.groups(), expected, strict=True):
+        assert float(stated) == pytest.approx(value, abs=0.051)
+
+
 def test_scores_on_photographs_are_the_committed_report():
     result = json.loads((RESULTS / "photos_val.json").read_text())
     baselines = [result["baselines"][name] for name in ("always 'person'", "a linear classifier on the vision tower")]
