@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .focal_perceptiondlm import fill_missed_bins
 from .nanodet_perceptiondlm import SMALLEST_STEP, NanoDet
 from .sequence_perceptiondlm import Names
+from .vision_perceptiondlm import to_grid
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class RegionNamer(nn.Module):
     def scores(self, pictures: torch.Tensor, rows: int, columns: int | None = None) -> torch.Tensor:
         """Mean log-odds (T, rows, columns, E) of the detector's three strides, on one grid."""
         cells = rows, columns or rows
-        levels = [to_cells(level, cells) for level in self.detector(pixels_in_steps(pictures))]
+        levels = [to_grid(level, cells) for level in self.detector(pixels_in_steps(pictures))]
         return torch.stack(levels).mean(dim=0).permute(0, 2, 3, 1)
 
     def scores_of_images(self, pixels: torch.Tensor, side: int, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -154,13 +155,6 @@ class RegionNamer(nn.Module):
 def mean_under_mask(evidence_RbK: torch.Tensor, covered_Rb: torch.Tensor) -> torch.Tensor:
     """Means (R, K), fp32, of bins weighed by how much of each a mask covers."""
     return fill_missed_bins(evidence_RbK.float(), covered_Rb)[1][:, 0]
-
-
-def to_cells(maps: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
-    """Maps (T, E, h, w) on a grid of (rows, columns): averaged where finer, interpolated where coarser."""
-    if maps.shape[-1] > cells[1]:
-        return F.adaptive_avg_pool2d(maps, cells)
-    return F.interpolate(maps, cells, mode="bilinear")
 
 
 def patches_of(squares_TnnX: torch.Tensor, factor: int) -> torch.Tensor:

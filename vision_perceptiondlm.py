@@ -140,16 +140,16 @@ class EfficientNetLiteTower(nn.Module):
         for index, stage in enumerate(self.stages):
             maps = stage(maps)
             if index in self.config.feature_stages:
-                features.append(F.rms_norm(to_grid(maps, side).permute(0, 2, 3, 1), maps.shape[1:2]))
+                features.append(F.rms_norm(to_grid(maps, (side, side)).permute(0, 2, 3, 1), maps.shape[1:2]))
         features_TPC = torch.cat(features, dim=-1).flatten(1, 2)
         return features_TPC if patch_addend is None else features_TPC + patch_addend
 
 
-def to_grid(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """Feature maps (T, C, h, h) on a grid of `side` cells: averaged where finer, interpolated where coarser."""
-    if maps.shape[-1] > side:
-        return F.adaptive_avg_pool2d(maps, side)
-    return F.interpolate(maps, (side, side), mode="bilinear") if maps.shape[-1] < side else maps
+def to_grid(maps: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
+    """Feature maps (T, C, h, w) on a grid of (rows, columns): averaged where finer, interpolated where coarser."""
+    if maps.shape[-1] > cells[1]:
+        return F.adaptive_avg_pool2d(maps, cells)
+    return F.interpolate(maps, cells, mode="bilinear") if maps.shape[-1] < cells[1] else maps
 
 
 def efficientnet_lite_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -31,6 +31,14 @@ TINY_TEXT = {
     "max_position_embeddings": 4096,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+TINY_CONV = {
+    "model_type": "efficientnet_lite",
+    "image_size": 64,
+    "patch_size": 8,
+    "stem_channels": 8,
+    "stages": [[1, 3, 1, 1, 8], [1, 3, 2, 2, 8], [1, 5, 2, 2, 16]],
+    "feature_stages": [0, 1, 2],
+}
 # Sharp attention makes answers depend on slot and region, large scores make tokens differ in probability.
 GAINS = {"q_proj": 2.0, "k_proj": 2.0, "projector": 3.0, "region_replay": 3.0, "lm_head": 3.0}
 
@@ -78,6 +86,16 @@ def tiny_model(tokenizer):
         return model.float().eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_conv():
+    """Settings of a tiny model with a convolutional tower, as `build_config` takes them, and further ones."""
+
+    def settings(**further):
+        return {"vision_config": TINY_CONV, "text_config": TINY_TEXT, "vision_feature_layer": -1, **further}
+
+    return settings
 
 
 @pytest.fixture(scope="session")

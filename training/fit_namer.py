@@ -27,13 +27,13 @@ from perceptiondlm.checkpoints.detectors import COCO_CLASSES, load_detector
 from perceptiondlm.checkpoints.folder import export
 from perceptiondlm.configuration_perceptiondlm import PerceptionDLMConfig
 from perceptiondlm.evaluation.photos.annotations import NamedPicture, read_pictures
-from perceptiondlm.evaluation.photos.linear import DROPOUT, descend
+from perceptiondlm.evaluation.photos.linear import DROPOUT, descend, under_masks
 from perceptiondlm.evaluation.photos.names import CategoryNames, NameTable
 from perceptiondlm.modeling_perceptiondlm import PerceptionDLMForConditionalGeneration
-from perceptiondlm.naming_perceptiondlm import RegionNamer, mean_under_mask
+from perceptiondlm.naming_perceptiondlm import RegionNamer
 from perceptiondlm.nanodet_perceptiondlm import NanoDet
 from perceptiondlm.processing_perceptiondlm import PerceptionDLMProcessor
-from perceptiondlm.region_features_perceptiondlm import bin_shares, box_geometry, roi_align, roi_align_each
+from perceptiondlm.training.config import FITTED
 from perceptiondlm.training.data.named_regions import words_of
 from perceptiondlm.training.data.true_captions import with_article
 
@@ -98,7 +98,7 @@ def with_namer(model: Model, vocabulary: Vocabulary, detector: NanoDet) -> Model
         }
     }
     named = Model(PerceptionDLMConfig.from_dict(fields))
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("region_namer.")}
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(FITTED)}
     named.load_state_dict(state, strict=False)
     named.region_namer.detector.load_state_dict(detector.state_dict())
     named.generation_config = model.generation_config
@@ -124,25 +124,17 @@ def witness(
 
 def looks(model: Model, inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a namer's layers are given of one picture's regions: image and crop (R, C + E), box (R, 6)."""
-    config, bins, samples = model.config, model.config.roi_size, model.config.roi_sampling_ratio
 
     def look(tiles: torch.Tensor, grids: list[tuple[int, int]] | None) -> torch.Tensor:
         pixels = model.normalised(tiles)
         mean, std = model.pixel_statistics(pixels)
         return model.region_namer.look(pixels * std + mean, model.tile_features(pixels), grids).float()
 
-    covered_Rb = bin_shares(inputs["region_coverage"], config.coverage_subsamples)
-    sizes_R2 = inputs["image_sizes"].expand(len(covered_Rb), 2)
-    boxes_R4 = config.rois.boxes(inputs["region_boxes"], sizes_R2, False)
     columns, rows = inputs["tile_grids"][0].tolist()
-    feature_map = config.rois.feature_map(look(inputs["pixel_values"], [(columns, rows)]), (columns, rows))
-    image_RF = mean_under_mask(roi_align(feature_map, boxes_R4, bins, samples), covered_Rb)
-    crop_RF = torch.zeros_like(image_RF)
-    if config.region_crop_size:
-        cropped_R = (inputs["crop_boxes"] != 0).any(dim=1)
-        own = roi_align_each(look(inputs["region_crops"], None), inputs["crop_boxes"], bins, samples)
-        crop_RF = mean_under_mask(own, covered_Rb) * cropped_R[:, None]
-    return image_RF, crop_RF, box_geometry(boxes_R4, sizes_R2)
+    tiles = look(inputs["pixel_values"], [(columns, rows)])
+    crops = look(inputs["region_crops"], None) if model.config.region_crop_size else None
+    image_RF, crop_RF, box_R6 = under_masks(model.config, inputs, tiles, crops)
+    return image_RF, torch.zeros_like(image_RF) if crop_RF is None else crop_RF, box_R6
 
 
 class Classifier(nn.Module):

@@ -17,14 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from perceptiondlm.evaluation.photos.annotations import NamedPicture
-from perceptiondlm.focal_perceptiondlm import fill_missed_bins
-from perceptiondlm.region_features_perceptiondlm import (
-    bin_shares,
-    box_geometry,
-    merge_tiles,
-    roi_align,
-    roi_align_each,
-)
+from perceptiondlm.naming_perceptiondlm import mean_under_mask
+from perceptiondlm.region_features_perceptiondlm import bin_shares, box_geometry, roi_align, roi_align_each
 
 
 STEPS, RATE, WEIGHT_DECAY, DROPOUT = 300, 3e-3, 0.05, 0.5
@@ -91,30 +85,36 @@ def region_features(model: Any, processor: Any, pictures: Sequence[NamedPicture]
 
 def pooled(model: Any, inputs: Any) -> torch.Tensor:
     """Features (R, F) of one picture's regions: averages under the masks, and the boxes."""
-    config = model.config
+    tiles = square(model.tile_features(inputs["pixel_values"]))
+    crops = square(model.tile_features(inputs["region_crops"])) if model.config.region_crop_size else None
+    parts = [part for part in under_masks(model.config, inputs, tiles, crops) if part is not None]
+    return torch.cat([part.cpu() for part in parts], dim=1)
+
+
+def under_masks(
+    config: Any, inputs: Any, tiles_TPPX: torch.Tensor, crops_RccX: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What maps show of one picture's regions, fp32.
+
+    Args:
+        tiles_TPPX: maps of the picture's tiles; crops_RccX: of its regions' crops, if there are any.
+    Returns:
+        averages (R, X) under the masks in the picture, and in the crops, 0 for a region without one; boxes (R, 6).
+    """
     bins, samples = config.roi_size, config.roi_sampling_ratio
-    sizes_R2 = inputs["image_sizes"].expand(len(inputs["region_boxes"]), 2)
     covered_Rb = bin_shares(inputs["region_coverage"], config.coverage_subsamples)
+    sizes_R2 = inputs["image_sizes"].expand(len(covered_Rb), 2)
     boxes_R4 = config.rois.boxes(inputs["region_boxes"], sizes_R2, False)
-    feature_map = merge_tiles(
-        square(model.tile_features(inputs["pixel_values"])), tuple(inputs["tile_grids"][0].tolist())
-    )
-    parts = [mean_under_mask(roi_align(feature_map, boxes_R4, bins, samples), covered_Rb)]
-    if config.region_crop_size:
-        crops = square(model.tile_features(inputs["region_crops"]))
-        own = roi_align_each(crops, inputs["crop_boxes"], bins, samples)
-        has_crop_R = (inputs["crop_boxes"] != 0).any(dim=1)[:, None]
-        parts.append(mean_under_mask(own, covered_Rb) * has_crop_R)
-    parts.append(box_geometry(boxes_R4.float(), sizes_R2))
-    return torch.cat([part.float().cpu() for part in parts], dim=1)
+    feature_map = config.rois.feature_map(tiles_TPPX, tuple(inputs["tile_grids"][0].tolist()))
+    image_RX, crop_RX = mean_under_mask(roi_align(feature_map, boxes_R4, bins, samples), covered_Rb), None
+    if crops_RccX is not None:
+        own_RbX = roi_align_each(crops_RccX, inputs["crop_boxes"], bins, samples)
+        has_crop_R1 = (inputs["crop_boxes"] != 0).any(dim=1)[:, None]
+        crop_RX = mean_under_mask(own_RbX, covered_Rb) * has_crop_R1
+    return image_RX, crop_RX, box_geometry(boxes_R4.float(), sizes_R2)
 
 
 def square(features_TPC: torch.Tensor) -> torch.Tensor:
     """Patch features (T, P * P, C) as maps (T, P, P, C)."""
     side = int(features_TPC.shape[1] ** 0.5)
     return features_TPC.view(len(features_TPC), side, side, -1)
-
-
-def mean_under_mask(features_RbC: torch.Tensor, covered_Rb: torch.Tensor) -> torch.Tensor:
-    """Averages (R, C) of bins, weighed by how much of each the mask covers."""
-    return fill_missed_bins(features_RbC, covered_Rb)[1][:, 0]

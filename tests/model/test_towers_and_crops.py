@@ -16,25 +16,15 @@ from perceptiondlm.pipeline_perceptiondlm import RegionCaptioningPipeline
 from perceptiondlm.training.start import build_config
 
 
-CONV = {
-    "model_type": "efficientnet_lite",
-    "image_size": 64,
-    "patch_size": 8,
-    "stem_channels": 8,
-    "stages": [[1, 3, 1, 1, 8], [1, 3, 2, 2, 8], [1, 5, 2, 2, 16]],
-    "feature_stages": [0, 1, 2],
-}
 FOCAL = {"region_crop_size": 48, "region_appearance": True, "region_pooling": True, "region_gain": 3.0}
 
 
 @pytest.fixture(scope="module", params=["siglip", "conv", "regions_alone"])
-def focal(request, tokenizer, tiny_model):
+def focal(request, tokenizer, tiny_model, tiny_conv):
     """A model with crops and colours, by either tower; the last reads no image token but its regions'."""
     if request.param == "siglip":
         return tiny_model(**FOCAL)
-    text = tiny_model().config.text_config.to_dict()
-    shown = {"image_in_prompt": request.param != "regions_alone"}
-    settings = {**FOCAL, **shown, "vision_config": CONV, "text_config": text, "vision_feature_layer": -1}
+    settings = tiny_conv(**FOCAL, image_in_prompt=request.param != "regions_alone")
     model = PerceptionDLMForConditionalGeneration(build_config(settings, tokenizer))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

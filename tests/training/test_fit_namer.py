@@ -23,22 +23,6 @@ from perceptiondlm.training.fit_namer import GENERAL_WEIGHT, Vocabulary, Weighin
 from perceptiondlm.training.start import build_config, build_model
 
 
-CONV = {
-    "model_type": "efficientnet_lite",
-    "image_size": 64,
-    "patch_size": 8,
-    "stem_channels": 8,
-    "stages": [[1, 3, 1, 1, 8], [1, 3, 2, 2, 8], [1, 5, 2, 2, 16]],
-    "feature_stages": [0, 1, 2],
-}
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-}
 COLOURS = {"stop sign": (200, 20, 30), "broccoli": (20, 160, 40), "sky-other-merged": (60, 110, 230)}
 
 
@@ -62,12 +46,11 @@ def write_pictures(folder, count: int, seed: int):
 
 
 @pytest.fixture(scope="module")
-def naming_parts():
+def naming_parts(tiny_conv):
     """A tiny model with a convolutional tower, whose tokenizer has a token for every name, and its processor."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(scene_texts(seed=0, num_images=20), 768, 4096, phrases=caption_names([]))
-    settings = {"vision_config": CONV, "text_config": TEXT, "vision_feature_layer": -1, "region_crop_size": 32}
-    config = build_config(settings, tokenizer)
+    config = build_config(tiny_conv(region_crop_size=32), tokenizer)
     model = PerceptionDLMForConditionalGeneration(config).eval()
     return model, PerceptionDLMProcessor.from_config(config, tokenizer)
 
